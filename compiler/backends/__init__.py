@@ -1,0 +1,44 @@
+"""The formats. Columns own mechanism: all that knows an ONNX from an OpenVINO stands in that format's one module.
+
+A format is a module that satisfies `Backend`, and a line in `BACKENDS`. Modules import their runtime inside functions, so
+that reading this table costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from compiler.backends import onnx, openvino, torchscript
+from compiler.types import Artifact, Model, Precision, Runner, Target
+
+
+class Backend(Protocol):
+    """What a format's module offers."""
+
+    @property
+    def LIBRARIES(self) -> tuple[str, ...]:  # noqa: N802
+        """The distributions whose versions shape the files' bytes or what they compute."""
+
+    @property
+    def PRECISIONS(self) -> Mapping[Precision, Precision | None]:  # noqa: N802
+        """The precisions there are, each with the one whose file it is made from; None: from the model itself."""
+
+    def files(self, precision: Precision) -> tuple[str, ...]:
+        """The paths in a release that an artifact always has, the one to open first."""
+
+    def runtime(self, precision: Precision) -> dict[str, Any]:
+        """The settings that the artifact is validated under, and that whoever opens it applies."""
+
+    def export(self, out: Path, model: Model, target: Target) -> dict[str, Any]:
+        """Write the artifact's files below `out` and return what is known of them: `opset`, `fusions`."""
+
+    def reduce(self, out: Path, exported: Path, precision: Precision) -> dict[str, Any]:
+        """As `export`, but from the files below `exported`, at the precision that `PRECISIONS` names."""
+
+    def open(self, root: Path, artifact: Artifact, threads: int | None) -> Runner:
+        """The artifact below `root` in its runtime, under its settings; all cores when `threads` is None."""
+
+
+BACKENDS: dict[str, Backend] = {"torchscript": torchscript, "onnx": onnx, "openvino": openvino}

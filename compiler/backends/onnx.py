@@ -1,0 +1,114 @@
+"""ONNX for ONNX Runtime, traced by transformers' exporter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compiler.types import Artifact, Model, Precision, Runner, Target
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir
+
+LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None}
+# Operators that stand for what would else be several.
+FUSED = ("Attention", "Gelu", "LayerNormalization", "RMSNormalization", "RotaryEmbedding")
+# A protobuf message cannot be larger; the rest of the graph needs some of it.
+INLINE_BYTES = 2**31 - 2**24
+
+
+def files(precision: Precision) -> tuple[str, ...]:
+    return ("onnx/model.onnx",)
+
+
+def runtime(precision: Precision) -> dict[str, Any]:
+    return {"provider": "CPUExecutionProvider", "graph_optimization_level": "ORT_ENABLE_ALL"}
+
+
+def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
+    import onnx_ir
+    import torch
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    dynamic = torch.export.Dim.DYNAMIC
+    config = OnnxConfig(
+        dynamic=True,
+        dynamic_shapes={name: {0: dynamic, 1: dynamic} for name in model.inputs},
+        opset_version=target.opset,
+    )
+    program = OnnxExporter().export(model.module, dict(model.example), config).program
+    _drop_paths(program)
+    _name_axes(program.graph)
+    path = out / files(target.precision)[0]
+    path.parent.mkdir(parents=True)
+    weights = sum(value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value)
+    # Loaders look for weights inside the file, or, past what a protobuf holds, in `<file>_data`.
+    onnx_ir.save(program, str(path), external_data=None if weights < INLINE_BYTES else f"{path.name}_data")
+    counts = Counter(node.op_type for node in program.graph.all_nodes())
+    return {
+        "opset": program.graph.opset_imports[""],
+        "fusions": {name: counts[name] for name in FUSED if counts[name]},
+    }
+
+
+def _drop_paths(program: onnx_ir.Model) -> None:
+    """The exporter notes the Python stack of each node, with this machine's paths; a release must not hold them."""
+    program.metadata_props.clear()
+    program.doc_string = None
+    for graph in (program.graph, *program.functions.values()):
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        for value in (*graph.inputs, *graph.outputs):
+            value.metadata_props.clear()
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+    for value in program.graph.initializers.values():
+        value.metadata_props.clear()
+        if value.const_value is not None:
+            value.const_value.metadata_props.clear()
+
+
+def _name_axes(graph: onnx_ir.Graph) -> None:
+    """Call the dynamic axes of inputs and outputs what they are, instead of `s31`."""
+    import onnx_ir
+
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        if value.shape is not None:
+            names.update(zip((str(dim) for dim in value.shape), ("batch", "sequence"), strict=False))
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape(
+                [dim if isinstance(dim, int) else names.get(str(dim), str(dim)) for dim in value.shape]
+            )
+
+
+def reduce(out: Path, exported: Path, precision: Precision) -> dict[str, Any]:
+    raise NotImplementedError("no precision of ONNX is made from another")
+
+
+def open(root: Path, artifact: Artifact, threads: int | None) -> Runner:
+    import onnxruntime
+
+    settings = artifact.runtime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    level = getattr(onnxruntime.GraphOptimizationLevel, settings["graph_optimization_level"])
+    options.graph_optimization_level = level
+    path = root / artifact.files[0].path
+    session = onnxruntime.InferenceSession(str(path), options, providers=[settings["provider"]])
+    outputs = [output.name for output in session.get_outputs()]
+
+    def run(inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        return dict(zip(outputs, session.run(None, dict(inputs)), strict=True))
+
+    return run

@@ -1,0 +1,405 @@
+"""One build of one model: runs the steps of its plan in workers, through the cache, and keeps what failed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+import compiler
+from compiler import cpu, workers
+from compiler.backends import BACKENDS
+from compiler.errors import CompileError, NumericsError, ReleaseError
+from compiler.hashing import canonical
+from compiler.manifest import MANIFEST, Made, Manifest, Source, differences, from_bytes
+from compiler.numerics import judge
+from compiler.config import ModelSpec
+from compiler.plan import LOAD_LIBRARIES, Plan, make_plan, version, why
+from compiler.sources import resolve
+from compiler.stages.export import export
+from compiler.stages.load import REFERENCE, SAMPLES, reference
+from compiler.stages.package import package
+from compiler.stages.validate import validate
+from compiler.store import Entry, Step, Store, remove, scratch, sweep, write_file, writing
+from compiler.types import Artifact, Event, File, Report, Signature, Target, Tensor
+from compiler.verify import read_release, verify_files
+from compiler.workers import THREADS
+
+# A build folder beside the releases: logs, what failed, and what is not finished.
+FOLDER = ".build"
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where builds read and write, and whom they tell. `folder` is what a pipeline's relative paths start from."""
+
+    folder: Path
+    output: Path
+    store: Store
+    tell: Callable[[Event], None]
+    use_cache: bool = True
+    jobs: int = 2
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release on disk, the verdicts on its artifacts, and whether this build made it."""
+
+    path: Path
+    manifest: Manifest
+    reports: tuple[Report, ...]
+    made: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A target's artifact, the cache entry that holds its files, its figures by output, and the verdict on them."""
+
+    artifact: Artifact
+    entry: Entry
+    figures: Mapping[str, Any]
+    report: Report
+
+
+class Build:
+    """Use `with Build.alone(plan, context) as build`; no other process builds the same release meanwhile."""
+
+    def __init__(self, plan: Plan, context: Context) -> None:
+        self.plan = plan
+        self.context = context
+        spec = plan.spec
+        self.target = context.output / spec.name / spec.release
+        self.folder = context.output / FOLDER / f"{spec.name}-{spec.release}"
+        self.log = self.folder / "build.log"
+        self._entries: dict[str, Entry] = {}
+        self._load_options = {"trust_remote_code": spec.trust_remote_code, "allow_pickle": spec.allow_pickle}
+
+    @classmethod
+    @contextlib.contextmanager
+    def alone(cls, plan: Plan, context: Context) -> Iterator[Self]:
+        """A build that has its release to itself: a second one waits, and then finds the work done."""
+        build = cls(plan, context)
+        with writing(context.output, "the output folder"):
+            build.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(build.folder / "lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                build._tell("", "waiting", detail="another build of this release is running")
+                lock.acquire()
+        try:
+            sweep(build.folder)
+            remove(build.folder / "failed")
+            yield build
+        finally:
+            lock.release()
+
+    def published(self) -> Release | None:
+        """The release, when it is there and is what this plan would make; every byte of it is hashed again.
+
+        Raises:
+            ReleaseError: a release of that version is there but is damaged, or was made from something else.
+        """
+        if not os.path.lexists(self.target):
+            return None
+        manifest, reports = read_release(self.target)
+        verify_files(self.target, manifest)
+        if not self.context.use_cache and manifest.key == self.plan.package.key:
+            return None  # build it again and see that the bytes are the same
+        if manifest.key != self.plan.package.key:
+            raise self._refusal(self._changes(manifest))
+        self._tell("", "current")
+        return Release(self.target, manifest, reports, made=False)
+
+    def load(self) -> Entry:
+        """The reference: samples, and what the untouched fp32 model answers."""
+        plan, shapes = self.plan, self.plan.spec.shapes
+        return self._make(
+            plan.load,
+            lambda out: self._run(
+                reference, out, plan.snapshot, plan.task, plan.texts.lines, shapes.batch, shapes.sequence, self._load_options
+            ),
+        )
+
+    def export(self, target: Target) -> Entry:
+        """A target's files; those that it is made from come first."""
+        source = self.plan.source_of(target)
+        origin = None if source is None else self.export(source).root
+        arguments = (target, self.plan.snapshot, self.plan.task, self._load_options, origin)
+        return self._make(self.plan.exports[target], lambda out: self._run(export, out, *arguments))
+
+    def validate(self, target: Target, exported: Entry, loaded: Entry) -> Candidate:
+        """A target's figures against the reference, and the verdict. One that does not pass is kept to be looked into."""
+        backend = BACKENDS[target.format]
+        artifact = Artifact(
+            format=target.format,
+            precision=target.precision,
+            files=_in_order(exported.files, backend.files(target.precision)),
+            runtime=backend.runtime(target.precision),
+            key=exported.key,
+            opset=exported.info["opset"],
+            fusions=exported.info["fusions"],
+        )
+        arguments = (exported.root, artifact, loaded.root / SAMPLES, loaded.root / REFERENCE, loaded.info)
+        try:
+            measured = self._make(
+                self.plan.validates[target], lambda out: {"outputs": self._run(validate, *arguments)}
+            )
+        except NumericsError as error:
+            self._keep(artifact, exported, {"error": str(error)})
+            raise
+        figures = measured.info["outputs"]
+        checks = judge(figures, self.plan.spec.budget.limits(target.precision))
+        return Candidate(artifact, exported, figures, Report(target.format, target.precision, checks))
+
+    def side_by_side(self, work: Callable[[Target], Candidate]) -> list[Candidate]:
+        """Do the work for every target, formats side by side. The first error stops the others."""
+        columns: dict[str, list[Target]] = {}
+        for target in self.plan.validates:
+            columns.setdefault(target.format, []).append(target)
+        with ThreadPoolExecutor(max(1, self.context.jobs)) as pool:
+            futures = [pool.submit(lambda column: [work(target) for target in column], column) for column in columns.values()]
+            try:
+                for future in _as_they_fail(futures):
+                    future.result()
+            except BaseException:
+                workers.stop()
+                pool.shutdown(wait=True, cancel_futures=True)
+                workers.reset()
+                raise
+        return [candidate for future in futures for candidate in future.result()]
+
+    def gate(self, made: Sequence[Candidate]) -> None:
+        """Refuse the whole release when an artifact is not as close to the original as its limits ask.
+
+        Raises:
+            NumericsError: with the worst sample of the worst check; the failing files are kept beside their figures.
+        """
+        failed = [candidate for candidate in made if not candidate.report.passed]
+        for candidate in failed:
+            self._keep(candidate.artifact, candidate.entry, {"outputs": candidate.figures})
+        if failed:
+            first = failed[0]
+            check = next(check for check in first.report.checks if not check.passed)
+            others = [f"{other.report.format} {other.report.precision}" for other in failed[1:]]
+            also = f"; {', '.join(others)} failed too" if others else ""
+            raise NumericsError(
+                f"{self.plan.spec}: {first.report.format} {first.report.precision}: {check.name} is {check.figure:.3g}, "
+                f"its limit is {check.limit:g}, at {check.worst}{also}; nothing is released, what failed is in "
+                f"{self.folder / 'failed'}",
+                tuple(candidate.report for candidate in made),
+            )
+
+    def package(self, loaded: Entry, made: Sequence[Candidate]) -> Release:
+        """The release, on disk under its name.
+
+        Raises:
+            ReleaseError: a release of that version is there, and this build gives other bytes.
+        """
+        spec, plan, snapshot = self.plan.spec, self.plan, self.plan.snapshot
+        described = loaded.info["signature"]
+        libraries = {name for target in plan.validates for name in BACKENDS[target.format].LIBRARIES}
+        manifest = Manifest(
+            name=spec.name,
+            release=spec.release,
+            task=plan.task,
+            architecture=loaded.info["architecture"],
+            source=Source(snapshot.uri, snapshot.revision, snapshot.licence, snapshot.files),
+            signature=Signature(*(tuple(_tensor(tensor) for tensor in described[side]) for side in ("inputs", "outputs"))),
+            positions=loaded.info["positions"],
+            left_out=tuple(loaded.info["left_out"]),
+            artifacts=tuple(candidate.artifact for candidate in made),
+            files=(),
+            libraries={name: version(name) for name in sorted({*libraries, *LOAD_LIBRARIES})},
+            python=platform.python_version(),
+            compiler=compiler.__version__,
+            steps={step.id: Made(step.key, step.inputs) for step in plan.steps},
+            key=plan.package.key,
+        )
+        validation = {
+            "schema": 1,
+            "data": {"name": plan.texts.name, "sha256": plan.texts.sha256, "lines": len(plan.texts.lines)},
+            "cpu": cpu.features(),
+            "threads": THREADS,
+            # What repeats the checks: the samples lie beside this file, the limits stand in the checks.
+            "known": {name: loaded.info[name] for name in ("cases", "keep", "signature")},
+            "load_key": plan.load.key,
+            "artifacts": [
+                {
+                    "format": candidate.artifact.format,
+                    "precision": candidate.artifact.precision,
+                    "outputs": candidate.figures,
+                    "checks": [asdict(check) for check in candidate.report.checks],
+                }
+                for candidate in made
+            ],
+        }
+        inside = {file.path: file for file in loaded.files}
+        support = [(snapshot.root, file) for file in snapshot.support]
+        support += [(loaded.root, inside[path]) for path in loaded.info["support"]]
+        reports = tuple(candidate.report for candidate in made)
+        started = self._started(plan.package)
+        with writing(self.context.output, "the output folder"), scratch(self.folder) as aside:
+            if os.path.lexists(self.target):
+                self._same_again(aside / "again", manifest, made, support, loaded, validation)
+                self._tell(plan.package.id, "current", started)
+                return Release(self.target, manifest, reports, made=False)
+            whole = self._assemble(aside, self.target, manifest, made, support, loaded, validation)
+        self._tell(plan.package.id, "released", started)
+        return Release(self.target, whole, reports, made=True)
+
+    def _assemble(
+        self,
+        aside: Path,
+        target: Path,
+        manifest: Manifest,
+        made: Sequence[Candidate],
+        support: Sequence[tuple[Path, File]],
+        loaded: Entry,
+        validation: Mapping[str, Any],
+    ) -> Manifest:
+        artifacts = [(candidate.artifact, candidate.entry) for candidate in made]
+        samples = loaded.root / SAMPLES
+        return package(aside, target, manifest, artifacts, support, samples, validation)
+
+    def _same_again(self, aside: Path, *arguments: Any) -> None:
+        """Assemble beside a release that is there, and compare."""
+        aside.mkdir()
+        again = aside.parent / "release"
+        whole = self._assemble(aside, again, *arguments)
+        old = from_bytes((self.target / MANIFEST).read_bytes(), str(self.target / MANIFEST))
+        before = {file.path: file.sha256 for file in old.every_file}
+        after = {file.path: file.sha256 for file in whole.every_file}
+        changed = [path for path in sorted({*before, *after}) if before.get(path) != after.get(path)]
+        if changed:
+            raise self._refusal([f"other bytes in {path}" for path in changed])
+
+    def _changes(self, manifest: Manifest) -> list[str]:
+        found: list[str] = []
+        for step in self.plan.steps:
+            old = manifest.steps.get(step.id)
+            changed = differences(old.inputs if old else {}, step.inputs)
+            found += [f"{step.id}: {text}".strip() for text in changed if not text.startswith("step ")]
+        return found or ["its targets"]
+
+    def _refusal(self, changes: Sequence[str]) -> ReleaseError:
+        spec = self.plan.spec
+        major, minor, patch = re.split(r"[.-]", spec.release)[:3]
+        number = int(patch)
+        while (self.target.parent / f"{major}.{minor}.{number}").exists():
+            number += 1
+        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        return ReleaseError(
+            f"{spec}: is released already, with other content ({'; '.join(changes[:3])}{more}); a release never changes: "
+            f"set release: {major}.{minor}.{number}"
+        )
+
+    def _run(self, job: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        return workers.run(job, *arguments, log=self.log)
+
+    def _make(self, step: Step, make: Callable[[Path], dict[str, Any]]) -> Entry:
+        if step.key in self._entries:
+            return self._entries[step.key]
+        started = self._started(step)
+        try:
+            entry, cached = self.context.store.get_or_make(step, make, use_cache=self.context.use_cache)
+        except CompileError as error:
+            self._tell(step.id, "failed", started)
+            if str(error).startswith(step.stage) or isinstance(error, NumericsError):
+                raise
+            raise type(error)(f"{self.plan.spec}: {step.id}: {error}") from error
+        self._entries[step.key] = entry
+        self._remember(step)
+        self._tell(step.id, "cached" if cached else "run", started)
+        return entry
+
+    def _started(self, step: Step) -> float:
+        self._tell(step.id, "start")
+        return time.monotonic()
+
+    def _tell(self, step: str, state: str, started: float | None = None, detail: str = "") -> None:
+        seconds = 0.0 if started is None else time.monotonic() - started
+        self.context.tell(Event(str(self.plan.spec), step, state, seconds, detail))
+
+    def _remember(self, step: Step) -> None:
+        """Note a step's inputs, so that a later plan can say what changed."""
+        path = history_path(self.context.output, self.plan.spec.name)
+        with FileLock(f"{path}.lock"):
+            history = read_history(path)
+            if history.get(step.id) != dict(step.inputs):
+                history[step.id] = dict(step.inputs)
+                aside = path.with_suffix(".new")
+                write_file(aside, canonical(history))
+                os.replace(aside, path)
+
+    def _keep(self, artifact: Artifact, entry: Entry, report: Mapping[str, Any]) -> None:
+        """Keep a failing artifact's files beside a report, for whoever looks into it."""
+        folder = self.folder / "failed"
+        for file in artifact.files:
+            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(entry.root / file.path, folder / file.path)
+        name = f"{artifact.format}_{artifact.precision}.json"
+        write_file(folder / name, canonical({"artifact": asdict(artifact), **report}))
+
+
+def planned(spec: ModelSpec, folder: Path, output: Path, store: Store) -> list[dict[str, str]]:
+    """A model's steps as rows of `model`, `step`, `state` (`run`, `cached`, `current`, `refused`) and `why`."""
+    plan = make_plan(spec, resolve(spec, folder), folder)
+    target = output / spec.name / spec.release
+    history = read_history(history_path(output, spec.name))
+    rows = []
+    current = None
+    if os.path.lexists(target):
+        manifest, _ = read_release(target)
+        current = manifest.key == plan.package.key
+    for step in plan.steps:
+        reason = why(step, history.get(step.id), store)
+        state = "cached" if reason is None else "run"
+        if current:
+            state, reason = "current", "the release is there and nothing changed"
+        elif step is plan.package:
+            state, reason = "run", "the release is not there yet"
+            if current is False:
+                state, reason = "refused", f"release {spec.release} is there with other content; set another release:"
+        rows.append({"model": str(spec), "step": step.id, "state": state, "why": reason or "nothing changed"})
+    return rows
+
+
+def history_path(output: Path, name: str) -> Path:
+    """Where the inputs of a model's last steps are noted."""
+    return output / FOLDER / f"{name}.steps.json"
+
+
+def read_history(path: Path) -> dict[str, dict[str, str]]:
+    """The noted inputs by step; empty when there are none, or they cannot be read: they only explain."""
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return history if isinstance(history, dict) else {}
+
+
+def _tensor(tensor: Mapping[str, Any]) -> Tensor:
+    return Tensor(tensor["name"], tensor["dtype"], tuple(tensor["shape"]))
+
+
+def _in_order(files: Sequence[File], first: Sequence[str]) -> tuple[File, ...]:
+    """Files with the one to open first, then the others by name."""
+    return tuple(sorted(files, key=lambda file: (first.index(file.path) if file.path in first else len(first), file.path)))
+
+
+def _as_they_fail(futures: Sequence[Any]) -> Iterator[Any]:
+    from concurrent.futures import as_completed
+
+    return as_completed(futures)

@@ -1,0 +1,346 @@
+"""The command line. The only place that prints results or exits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from click_default_group import DefaultGroup
+
+import compiler
+from compiler.errors import CompileError, NumericsError
+
+if TYPE_CHECKING:
+    from compiler.build import Release
+    from compiler.manifest import Manifest
+    from compiler.types import Report
+
+CACHE_VARIABLE = "COMPILE_CACHE_DIR"
+json_option = click.option("--json", "as_json", is_flag=True, help="The result on stdout as JSON; progress stays on stderr.")
+cache_option = click.option(
+    "--cache-dir", envvar=CACHE_VARIABLE, type=click.Path(path_type=Path), help=f"The stage cache (also {CACHE_VARIABLE})."
+)
+
+
+@click.group(cls=DefaultGroup, default="build", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(compiler.__version__, prog_name="compile")
+def cli() -> None:
+    """Compile checkpoints into validated, versioned CPU releases: TorchScript, ONNX, OpenVINO.
+
+    `compile pipeline.yaml` is `compile build pipeline.yaml`.
+    """
+
+
+@cli.command()
+@click.argument("pipeline", type=click.Path(path_type=Path), default=Path("pipeline.yaml"))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where releases go, instead of the pipeline's output:.")
+@click.option("--only", multiple=True, metavar="NAME", help="Build this model only; may be given again.")
+@click.option("--no-cache", is_flag=True, help="Run every step, and compare with a release that is there.")
+@click.option("-j", "--jobs", type=click.IntRange(1, 64), help="Formats to work on side by side; as many as cores, up to 3.")
+@click.option("-v", "--verbose", is_flag=True, help="Show what the libraries print; the build's log always has it.")
+@cache_option
+@json_option
+def build(
+    pipeline: Path,
+    output: Path | None,
+    only: tuple[str, ...],
+    no_cache: bool,
+    jobs: int | None,
+    verbose: bool,
+    cache_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Build the releases of PIPELINE (pipeline.yaml)."""
+    from compiler.build import FOLDER, Context
+    from compiler.config import read
+    from compiler.pipeline import build_model, select
+    from compiler.progress import Display
+
+    parsed = read(pipeline)
+    where = output if output is not None else pipeline.parent / parsed.output
+    with Display((where / FOLDER) if verbose else None) as display:
+        context = Context(
+            folder=pipeline.parent,
+            output=where,
+            store=_store(cache_dir),
+            tell=display.tell,
+            use_cache=not no_cache,
+            jobs=jobs or min(3, os.cpu_count() or 1),
+        )
+        releases = []
+        try:
+            for spec in select(parsed, only):
+                releases.append(build_model(spec, context))
+        except NumericsError as error:
+            if error.reports and not as_json:
+                display.console.print(_verdicts(error.reports))
+            raise
+    if as_json:
+        _print_json([_release_json(release) for release in releases])
+        return
+    for release in releases:
+        _table(release.manifest, release.reports, release.path)
+
+
+@cli.command()
+@click.argument("pipeline", type=click.Path(path_type=Path), default=Path("pipeline.yaml"))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where releases go, instead of the pipeline's output:.")
+@click.option("--only", multiple=True, metavar="NAME", help="Plan this model only; may be given again.")
+@cache_option
+@json_option
+def plan(pipeline: Path, output: Path | None, only: tuple[str, ...], cache_dir: Path | None, as_json: bool) -> None:
+    """List every step of PIPELINE: whether it would run or come from the cache, and why."""
+    from compiler.build import planned
+    from compiler.config import read
+    from compiler.pipeline import select
+
+    parsed = read(pipeline)
+    where = output if output is not None else pipeline.parent / parsed.output
+    store = _store(cache_dir)
+    rows = [row for spec in select(parsed, only) for row in planned(spec, pipeline.parent, where, store)]
+    if as_json:
+        _print_json(rows)
+        return
+    width = max(len(row["step"]) for row in rows)
+    model = ""
+    for row in rows:
+        if row["model"] != model:
+            model = row["model"]
+            click.echo(model)
+        click.echo(f"  {row['step']:<{width}}  {row['state']:<9}  {row['why']}".rstrip())
+
+
+@cli.command()
+@click.argument("release", type=click.Path(path_type=Path))
+@json_option
+def inspect(release: Path, as_json: bool) -> None:
+    """Show what RELEASE holds: files, checks with their limits, fusions, runtime settings, origin."""
+    from compiler.verify import read_release
+
+    manifest, reports = read_release(release)
+    if as_json:
+        _print_json({"manifest": asdict(manifest), "checks": [_report_json(report) for report in reports]})
+        return
+    source = manifest.source
+    click.echo(f"{manifest.name} {manifest.release}: {manifest.architecture} for {manifest.task}")
+    click.echo(f"source    {source.uri}  licence {source.licence or 'not stated'}")
+    for file in source.files:
+        click.echo(f"          {file.sha256}  {file.path}")
+    for side in ("inputs", "outputs"):
+        tensors = [f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in getattr(manifest.signature, side)]
+        click.echo(f"{side:<9} {', '.join(tensors)}")
+    click.echo(f"length    at most {manifest.positions} tokens" if manifest.positions else "length    not bounded")
+    if manifest.left_out:
+        click.echo(f"left out  {', '.join(manifest.left_out)}: no weights in the checkpoint, not needed for the task")
+    click.echo(f"made with python {manifest.python}, compile {manifest.compiler}, " + _pairs(manifest.libraries, " "))
+    click.echo()
+    _table(manifest, reports, release)
+    for artifact in manifest.artifacts:
+        click.echo(f"\n{artifact.files[0].path}")
+        click.echo(f"  runtime  {_pairs(artifact.runtime)}" + (f", opset {artifact.opset}" if artifact.opset else ""))
+        click.echo(f"  fused    {_pairs(artifact.fusions, ' ') or 'nothing'}")
+        report = next(r for r in reports if (r.format, r.precision) == (artifact.format, artifact.precision))
+        for check in report.checks:
+            relation = "<=" if check.name.startswith("max") else ">="
+            verdict = "ok" if check.passed else "FAILED"
+            click.echo(f"  {verdict:<8} {check.output} {check.name} {_figure(check.figure)} {relation} {check.limit:g}")
+
+
+@cli.command()
+@click.argument("release", type=click.Path(path_type=Path))
+@click.option("--numerics", is_flag=True, help="Also reopen every artifact and repeat its checks.")
+@click.option("--source", help="Where the checkpoint is now, if not where the manifest says: path:, package: or hf:.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own code, if the reference needs it.")
+@click.option("--allow-pickle", is_flag=True, help="Open the checkpoint's pickle, if its weights are one.")
+@cache_option
+@json_option
+def verify(
+    release: Path,
+    numerics: bool,
+    source: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    cache_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Hash every file of RELEASE again; with --numerics, repeat its checks against the original."""
+    from compiler.progress import Display
+    from compiler.verify import read_release, verify_files, verify_numerics
+
+    manifest, reports = read_release(release)
+    verify_files(release, manifest)
+    if numerics:
+        options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+        with Display() as display:
+            reports = verify_numerics(release, manifest, _store(cache_dir), display.tell, source, options)
+    count = len(manifest.every_file)
+    if as_json:
+        _print_json({"release": str(release), "files": count, "checks": [_report_json(report) for report in reports]})
+        return
+    click.echo(f"{manifest.name} {manifest.release}: {count} files are what the manifest says")
+    if numerics:
+        _table(manifest, reports, release)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), help="The file to write.")
+@click.option("--task", help="Instead of the one that config.architectures tells.")
+@click.option("--revision", help="A hub's commit, tag or branch.")
+@click.option("--opset", type=int, help="ONNX operator set.")
+@click.option("--trust-remote-code", is_flag=True, help="The checkpoint carries Python code and you have read it.")
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
+@json_option
+def init(
+    checkpoint: str,
+    output: Path,
+    task: str | None,
+    revision: str | None,
+    opset: int | None,
+    trust_remote_code: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write a commented pipeline.yaml for CHECKPOINT: a folder, a GGUF file, package:… or hf:ORG/NAME."""
+    from compiler.init import write
+
+    written = write(checkpoint, output, task, revision, opset, trust_remote_code, force)
+    if as_json:
+        _print_json(written)
+        return
+    click.echo(f"{output}: {written['name']} {written['release']}, {written['task']}; next: compile {output}")
+
+
+@cli.command()
+@json_option
+def schema(as_json: bool) -> None:
+    """Print the JSON schema of pipeline.yaml, for editors that complete and check YAML."""
+    from compiler.config import schema as make
+
+    del as_json  # it is JSON either way
+    _print_json(make())
+
+
+def _store(cache_dir: Path | None) -> Any:
+    from compiler.store import Store
+
+    if cache_dir is None:
+        import platformdirs
+
+        cache_dir = platformdirs.user_cache_path("aot-model-compiler")
+    return Store(cache_dir)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _report_json(report: Report) -> dict[str, Any]:
+    return {**asdict(report), "passed": report.passed}
+
+
+def _release_json(release: Release) -> dict[str, Any]:
+    return {
+        "name": release.manifest.name,
+        "release": release.manifest.release,
+        "path": str(release.path),
+        "made": release.made,
+        "artifacts": [
+            {
+                "format": artifact.format,
+                "precision": artifact.precision,
+                "bytes": sum(file.size for file in artifact.files),
+                **_report_json(report),
+            }
+            for artifact, report in zip(release.manifest.artifacts, release.reports, strict=True)
+        ],
+    }
+
+
+def _figure(value: float) -> str:
+    return f"{value:.7f}" if 0.5 <= value <= 1 else f"{value:.2g}"
+
+
+def _pairs(values: Any, sign: str = "=") -> str:
+    return ", ".join(f"{name}{sign}{value}" for name, value in values.items())
+
+
+def _row(report: Report, path: str, size: str) -> tuple[str, ...]:
+    error, cosine, argmax = (report.figure(name) for name in ("max_abs", "cosine", "argmax"))
+    shown = ["–" if figure is None else _figure(figure) for figure in (error, cosine, argmax)]
+    return (path, report.format, report.precision, size, *shown, "passed" if report.passed else "FAILED")
+
+
+HEADINGS = ("artifact", "format", "precision", "size", "max error", "min cosine", "argmax", "verdict")
+
+
+def _lines(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in (HEADINGS, *rows)) for column in range(len(HEADINGS))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (HEADINGS, *rows))
+
+
+def _table(manifest: Manifest, reports: Sequence[Report], path: Path) -> None:
+    rows = []
+    for artifact in manifest.artifacts:
+        report = next(r for r in reports if (r.format, r.precision) == (artifact.format, artifact.precision))
+        rows.append(_row(report, artifact.files[0].path, f"{sum(file.size for file in artifact.files) / 1e6:.1f} MB"))
+    click.echo(f"{manifest.name} {manifest.release}  {path}")
+    click.echo(_lines(rows))
+
+
+def _verdicts(reports: Sequence[Report]) -> str:
+    return _lines([_row(report, "–", "–") for report in reports])
+
+
+class _Terminated(BaseException):
+    """SIGTERM."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console script: every way out of the program ends here, with the exit code that the README lists."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        cli.main(args=given, prog_name="compile", standalone_mode=False)
+        code = 0
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing was released", err=True)
+        code = 130
+    except _Terminated:
+        click.echo("terminated; nothing was released", err=True)
+        code = 143
+    except CompileError as error:
+        text = " ".join(str(error).split())
+        if "--json" in given:
+            _print_json({"error": text, "kind": type(error).__name__})
+        click.echo(f"error: {text}", err=True)
+        code = 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 141
+    except Exception:
+        traceback.print_exc()
+        click.echo("this is a bug in compile: please report it with the lines above", err=True)
+        code = 3
+    sys.exit(code)
+

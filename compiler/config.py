@@ -1,0 +1,339 @@
+"""pipeline.yaml as frozen values. Unknown keys are errors, with the line and the nearest valid key. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from compiler.backends import BACKENDS
+from compiler.errors import ConfigError
+from compiler.tasks import TaskName
+from compiler.types import Precision, Target
+
+# The official expression of semver.org 2.0.0, without build metadata: a `+` has no place in a folder that is a version.
+SEMVER = r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+# A YAML file of pipelines has tens of nodes a model; a file of aliases can claim billions.
+MAX_NODES = 100_000
+# The oldest operator set with LayerNormalization (17) and the newest that torch's exporter writes.
+MIN_OPSET, MAX_OPSET = 18, 23
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Data(Strict):
+    """Real text, as JSON lines with the task's own fields. Paths are relative to pipeline.yaml."""
+
+    validation: DataFile | None = Field(
+        None, description="Text for the numerics gate; a text of the compiler's own otherwise."
+    )
+
+
+class DataFile(Strict):
+    path: str
+
+
+class Shapes(Strict):
+    """The batch sizes and sequence lengths (tokens) that the numerics gate covers."""
+
+    batch: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field((1, 8), min_length=1)
+    sequence: tuple[Annotated[int, Field(ge=4, le=1_048_576)], ...] | None = Field(
+        None, min_length=1, description="16 and 128, or what the model's positions allow, when left out."
+    )
+
+
+class Limits(Strict):
+    """The largest allowed departure from the fp32 original. A limit that is left out keeps its strict default."""
+
+    max_abs: float | None = Field(None, gt=0, description="Times the output's own scale: max(1, its largest magnitude).")
+    cosine: float | None = Field(None, ge=-1, le=1, description="Smallest cosine of a row: a token's or a text's vector.")
+    argmax: float | None = Field(None, ge=0, le=1, description="Share of rows of logits whose argmax is unchanged.")
+
+    def over(self, other: Limits) -> Limits:
+        return other.model_copy(update=self.model_dump(exclude_none=True))
+
+
+# fp32: rounding alone separates two correct runtimes, some 1e-6 of an output's scale through a dozen layers.
+# bf16: 8 bits of mantissa; correct artifacts of real encoders stay above cosine 0.9999.
+DEFAULT_LIMITS: Mapping[str, Limits] = {
+    "fp32": Limits(max_abs=1e-4, cosine=0.999999),
+    "bf16": Limits(cosine=0.999, argmax=0.98),
+}
+
+
+class Budget(Strict):
+    """Limits by precision."""
+
+    fp32: Limits = Limits()
+    bf16: Limits = Limits()
+
+    def limits(self, precision: str) -> Limits:
+        own: Limits = getattr(self, precision)
+        return own.over(DEFAULT_LIMITS[precision])
+
+
+class FormatTargets(Strict):
+    precisions: tuple[Precision, ...] = Field(min_length=1)
+
+
+class OnnxTargets(FormatTargets):
+    opset: int | None = Field(None, ge=MIN_OPSET, le=MAX_OPSET, description="ONNX operator set; the exporter's own when left out.")
+
+
+def _short_form(value: Any) -> Any:
+    """`onnx: [fp32]` is short for `onnx: {precisions: [fp32]}`."""
+    return {"precisions": value} if isinstance(value, (list, tuple)) else value
+
+
+class Targets(Strict):
+    torchscript: Annotated[FormatTargets, BeforeValidator(_short_form)] | None = None
+    onnx: Annotated[OnnxTargets, BeforeValidator(_short_form)] | None = None
+    openvino: Annotated[FormatTargets, BeforeValidator(_short_form)] | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        formats = {name: entry for name in BACKENDS if (entry := getattr(self, name)) is not None}
+        if not formats:
+            raise ValueError(f"name at least one format: {', '.join(BACKENDS)}")
+        for name, entry in formats.items():
+            for precision in entry.precisions:
+                if precision not in BACKENDS[name].PRECISIONS:
+                    possible = ", ".join(BACKENDS[name].PRECISIONS)
+                    raise ValueError(f"{name} has no {precision} here; it has {possible}")
+            if len(set(entry.precisions)) != len(entry.precisions):
+                raise ValueError(f"{name} names a precision twice")
+        return self
+
+    def list(self) -> tuple[Target, ...]:
+        return tuple(
+            Target(name, precision, getattr(entry, "opset", None))
+            for name in BACKENDS
+            if (entry := getattr(self, name)) is not None
+            for precision in entry.precisions
+        )
+
+
+class ModelSpec(Strict):
+    """One model: where it comes from, what to make of it, and how close it must stay."""
+
+    name: str = Field(pattern=f"^{NAME}$", max_length=128, description="The release's folder: letters, digits, . _ -")
+    release: str = Field(pattern=f"^{SEMVER}$", max_length=64, description="A semantic version; never overwritten.")
+    source: str = Field(
+        pattern=r"^(path|package|hf):.+", description="path:FOLDER, package:PACKAGE/FOLDER or hf:ORG/NAME@REVISION."
+    )
+    revision: str | None = Field(None, description="The hub's commit, tag or branch, when source does not carry it.")
+    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(
+        default_factory=dict, description="Pins: file of the checkpoint → its sha256."
+    )
+    task: TaskName | None = Field(None, description="Inferred from the checkpoint's config when left out.")
+    allow_pickle: bool = Field(False, description="Open pytorch_model.bin (weights only) where there is no safetensors.")
+    trust_remote_code: bool = Field(False, description="Run the Python code that the checkpoint carries.")
+    data: Data = Data()
+    shapes: Shapes = Shapes()
+    targets: Targets
+    budget: Budget = Budget()
+
+    @field_validator("source")
+    @classmethod
+    def _no_empty_revision(cls, value: str) -> str:
+        if value.startswith("hf:") and not re.fullmatch(rf"hf:({NAME}/)?{NAME}(@[A-Za-z0-9._/-]+)?", value):
+            raise ValueError("a hub's source is hf:ORG/NAME@REVISION")
+        return value
+
+    @model_validator(mode="after")
+    def _one_revision(self) -> Self:
+        if self.revision is not None and (not self.source.startswith("hf:") or "@" in self.source):
+            raise ValueError("revision: is for an hf: source that does not carry one after @")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.release}"
+
+
+class Pipeline(Strict):
+    """pipeline.yaml"""
+
+    schema_version: Literal[1] = Field(alias="schema", description="The version of this file's format.")
+    output: str = Field("artifacts", min_length=1, description="Where releases go, relative to pipeline.yaml.")
+    models: tuple[ModelSpec, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [str(model) for model in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two models are called {name}; give one another name or release")
+        return self
+
+
+Data.model_rebuild()
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of pipeline.yaml, for editors that complete and check YAML."""
+    return Pipeline.model_json_schema(by_alias=True)
+
+
+def read(path: Path) -> Pipeline:
+    """Read and check a pipeline.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or is not a pipeline; with its line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `compile init CHECKPOINT` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read ({reason})") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, where: str) -> Pipeline:
+    """Check the text of a pipeline; `where` names it in errors. Raises ConfigError as `read` does."""
+    document, root = _load_yaml(text, where)
+    if not isinstance(document, dict):
+        raise ConfigError(f"{where}:1: not a pipeline: expected keys such as schema: and models:")
+    try:
+        return Pipeline.model_validate(document)
+    except ValidationError as error:
+        problems = [_problem(detail, root, where) for detail in error.errors()]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(problems[0] + more) from error
+
+
+def _load_yaml(text: str, where: str) -> tuple[Any, yaml.Node | None]:
+    """The document, and its node tree for line numbers. Plain YAML only: no tags that build objects."""
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is None:
+            raise ConfigError(f"{where}: empty; `compile init CHECKPOINT` writes a pipeline")
+        for count, (node, ancestors) in enumerate(_walk(root, ())):
+            if id(node) in ancestors or count > MAX_NODES:
+                raise ConfigError(f"{where}:{node.start_mark.line + 1}: aliases nest too deeply; write the values out")
+            _check_keys(node, where)
+        return loader.construct_document(root), root
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).split())
+        raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from error
+    except (ValueError, TypeError, OverflowError, RecursionError, AttributeError) as error:
+        # PyYAML's own scalar constructors raise these on, for instance, the date 2026-99-99.
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _walk(node: yaml.Node, ancestors: tuple[int, ...]) -> Iterator[tuple[yaml.Node, tuple[int, ...]]]:
+    yield node, ancestors
+    if len(ancestors) > 50:
+        return
+    inner = (*ancestors, id(node))
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from _walk(key, inner)
+            yield from _walk(value, inner)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _walk(item, inner)
+
+
+def _check_keys(node: yaml.Node, where: str) -> None:
+    """YAML lets the last of two equal keys win in silence."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{where}:{line}: a key must be a plain word")
+            if key.value in seen and key.value != "<<":
+                raise ConfigError(f"{where}:{line}: key {key.value!r} is given twice; keep one")
+            seen.add(key.value)
+
+
+def _problem(detail: Any, root: yaml.Node | None, where: str) -> str:
+    """One of pydantic's errors as `file:line: key: what, and what to do`."""
+    location = [part for part in detail["loc"] if not str(part).startswith("function-")]
+    line = _find(root, location)
+    path = ".".join(str(part) for part in location) or "pipeline"
+    kind, message = detail["type"], detail["msg"]
+    if kind == "extra_forbidden":
+        valid = _valid_keys(location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"valid here: {', '.join(valid)}"
+        message = f"unknown key; {hint}"
+    elif kind == "missing":
+        message = "this key is missing; add it"
+    elif kind == "string_pattern_mismatch":
+        message = f"{detail['input']!r} is not valid here: {_PATTERNS.get(str(location[-1]), message)}"
+    elif kind == "literal_error":
+        expected = [word.strip("' ") for word in re.split(r",| or ", detail["ctx"]["expected"])]
+        close = difflib.get_close_matches(str(detail["input"]), expected, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(expected)}"
+        message = f"unknown value {detail['input']!r}; {hint}"
+    elif kind == "string_type":
+        message = f"expected a text, found {_shown(detail['input'])}; put it in quotes"
+    elif kind == "value_error":
+        message = message.removeprefix("Value error, ")
+    else:
+        message = f"{message[0].lower()}{message[1:]}, found {_shown(detail['input'])}"
+    return " ".join(f"{where}:{line}: {path}: {message}".split())
+
+
+_PATTERNS = {
+    "name": "a name is letters, digits, '.', '_' and '-', no path",
+    "release": "a release is a semantic version such as 1.0.0",
+    "source": "a source is path:FOLDER, package:PACKAGE/FOLDER or hf:ORG/NAME@REVISION",
+}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _find(root: yaml.Node | None, location: list[Any]) -> int:
+    """The line of the deepest node on the way to `location`; a key's own line for a wrong key."""
+    node, line = root, (root.start_mark.line + 1 if root is not None else 1)
+    for part in location:
+        following: yaml.Node | None = None
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(part):
+                    following, line = value, key.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            following = node.value[part]
+            line = following.start_mark.line + 1
+        elif part == "precisions":
+            continue  # the short form has no such key in the file
+        if following is None:
+            break
+        node = following
+    return line
+
+
+def _valid_keys(location: list[Any]) -> list[str]:
+    """The keys of the model at `location` in the pipeline."""
+    model: Any = Pipeline
+    for part in location:
+        if isinstance(part, int) or not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue
+        for name, info in model.model_fields.items():
+            if part in (name, info.alias):
+                model = _model_in(info.annotation) or model
+    return [info.alias or name for name, info in model.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for argument in get_args(annotation) if (found := _model_in(argument))), None)

@@ -1,0 +1,27 @@
+"""Which of the instructions that matter to inference this CPU has."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+# As Linux names them; in the order in which runtimes came to use them.
+FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+ARM_FEATURES = ("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2")
+
+
+def features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The architecture and the features, such as `x86_64 avx2 fma avx512f`; the architecture alone off Linux."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    words = {
+        word
+        for line in lines
+        if line.partition(":")[0].strip() in ("flags", "Features")
+        for word in line.partition(":")[2].split()
+    }
+    machine = platform.machine()
+    known = FEATURES if machine in ("x86_64", "AMD64") else ARM_FEATURES
+    return " ".join([machine, *(name for name in known if name in words)])

@@ -1,0 +1,42 @@
+"""The errors that a user can cause. Each is one line: what, where, and what to do.
+
+`compiler.cli` prints a `CompileError` without a traceback and exits 1; any other exception is a bug and exits 3.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compiler.types import Report
+
+
+class CompileError(Exception):
+    """An expected failure: bad input, or a check that was not met."""
+
+
+class ConfigError(CompileError):
+    """pipeline.yaml, or a data file that it names, is wrong."""
+
+
+class SourceError(CompileError):
+    """A checkpoint is missing, damaged, incomplete or not to be trusted."""
+
+
+class StageError(CompileError):
+    """A stage of the build could not do its work."""
+
+
+class NumericsError(CompileError):
+    """An artifact departs from the original model by more than its limits allow.
+
+    `reports` are the verdicts on all artifacts of the release, where they are known.
+    """
+
+    def __init__(self, message: str, reports: tuple[Report, ...] = ()) -> None:
+        super().__init__(message)
+        self.reports = reports
+
+
+class ReleaseError(CompileError):
+    """A release on disk is damaged, or one that exists would be changed."""

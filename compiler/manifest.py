@@ -1,0 +1,120 @@
+"""manifest.json: what a release is, from what and how it was made, and the sha256 of every other file. Pure.
+
+The file is canonical JSON and holds its own digest, so that a change of any byte of it shows. It holds no time, no host
+and no absolute path: the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from compiler.errors import ReleaseError
+from compiler.hashing import canonical, digest
+from compiler.types import Artifact, File, Signature
+
+MANIFEST = "manifest.json"
+VALIDATION = "validation.json"
+SAMPLES = "validation.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint: where it was asked for, the commit that was found, and every file that was read."""
+
+    uri: str
+    revision: str | None
+    licence: str | None
+    files: tuple[File, ...]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step of the build: its cache key and everything that the key was made from."""
+
+    key: str
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`files` are all files of the release that belong to no artifact; `positions` is the longest sequence in tokens;
+    `left_out` names parts of the architecture that the checkpoint has no weights for and the task does not need;
+    `key` is the cache key of the whole, which a rebuild compares."""
+
+    name: str
+    release: str
+    task: str
+    architecture: str
+    source: Source
+    signature: Signature
+    positions: int | None
+    left_out: tuple[str, ...]
+    artifacts: tuple[Artifact, ...]
+    files: tuple[File, ...]
+    libraries: Mapping[str, str]
+    python: str
+    compiler: str
+    steps: Mapping[str, Made]
+    key: str
+    schema: Literal[1] = 1
+
+    @property
+    def every_file(self) -> tuple[File, ...]:
+        return tuple(sorted((*self.files, *(file for artifact in self.artifacts for file in artifact.files))))
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """The content of manifest.json."""
+    body = asdict(manifest)
+    return canonical({**body, "digest": digest(body)})
+
+
+def from_bytes(content: bytes, where: str) -> Manifest:
+    """Read a manifest and make sure that it is whole and names only files inside its release.
+
+    Raises:
+        ReleaseError: it is not a manifest of this schema, was changed after it was written, or names a path outside.
+    """
+    try:
+        stored = json.loads(content)
+        claimed = stored.pop("digest")
+        manifest = TypeAdapter(Manifest).validate_python(stored)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        place = ".".join(str(part) for part in detail["loc"])
+        raise ReleaseError(f"{where}: not a manifest that this version reads: {place}: {detail['msg']}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ReleaseError(f"{where}: not a manifest: not JSON, or not its keys; the release is damaged") from error
+    if digest(stored) != claimed or canonical({**stored, "digest": claimed}) != content:
+        raise ReleaseError(f"{where}: changed since it was written; do not use this release, build or fetch it again")
+    paths = [file.path for file in manifest.every_file]
+    for path in paths:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or str(pure) != path or re.search(r"[\\\x00:]", path):
+            raise ReleaseError(f"{where}: names {path!r}, which is no path inside a release; do not use it")
+    if len(set(paths)) != len(paths) or MANIFEST in paths:
+        raise ReleaseError(f"{where}: names a file twice; do not use this release")
+    return manifest
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What separates two steps' inputs, as `name old → new`, for a reader."""
+    found = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if before != after:
+            found.append(f"{name} {_short(before)} → {_short(after)}")
+    return found
+
+
+def _short(value: str | None) -> str:
+    if value is None:
+        return "none"
+    return f"{value[:8]}…" if re.fullmatch("[0-9a-f]{64}", value) else value

@@ -1,0 +1,168 @@
+"""How far an artifact's outputs are from the original's. Pure numpy.
+
+Figures are taken over *rows*: the last axis of an output (a token's or a text's vector, a row of logits), or, where an
+output is one number a token (the start and end logits of question answering), the sequence. Only real tokens count: what
+a model computes for padding is nobody's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compiler.types import Check, Tensor
+
+if TYPE_CHECKING:
+    from compiler.config import Limits
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sample: its name (padding and shape), its inputs, int64 `[batch, sequence]`."""
+
+    name: str
+    inputs: Mapping[str, Array]
+
+    @property
+    def mask(self) -> Array:
+        """True at real tokens, `[batch, sequence]`."""
+        mask: Array = self.inputs["attention_mask"].astype(bool)
+        return mask
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The real rows of an output, `[rows, width]` float64, where each came from, and which elements are real."""
+
+    values: Array
+    index: list[tuple[int, ...]]
+    real: Array
+
+
+def rows(output: Array, tensor: Tensor, mask: Array, keep: int | None = None) -> Rows:
+    """Cut an output into its real rows.
+
+    Args:
+        output: as the model gave it; its axes are those of `tensor.shape`.
+        mask: bool `[batch, sequence]`, True at real tokens.
+        keep: at most so many rows, spread evenly over the real ones (for the logits of a large vocabulary).
+    """
+    values = np.asarray(output, dtype=np.float64)
+    if tensor.shape == ("batch", "sequence"):
+        return Rows(values, [(row,) for row in range(len(values))], mask)
+    if tensor.shape[:2] == ("batch", "sequence"):
+        where = np.argwhere(mask)
+    else:
+        where = np.arange(values.shape[0])[:, None] if values.ndim > 1 else np.zeros((1, 0), dtype=int)
+    if keep is not None and len(where) > keep:
+        where = where[np.linspace(0, len(where) - 1, keep).round().astype(int)]
+    picked = values[tuple(where.T)] if where.shape[1] else values[None]
+    flat = picked.reshape(len(where), -1)
+    return Rows(flat, [tuple(int(i) for i in position) for position in where], np.ones(flat.shape, dtype=bool))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One output of one case, twice."""
+
+    case: Case
+    reference: Rows
+    actual: Rows
+
+
+def compare(pairs: Sequence[Pair], tensor: Tensor, *, logits: bool) -> dict[str, Any]:
+    """The figures of one output over all cases, as JSON.
+
+    `max_abs`: the largest |actual - reference|, in units of the output's scale, max(1, the largest |reference|).
+    `max_rel`: the largest |actual - reference| / max(|reference|, scale / 1000); the floor keeps zeros from deciding it.
+    `cosine`: the smallest cosine of a row. Where rows are single numbers, of all of them as one vector.
+    `argmax`: for logits, the share of rows whose largest element is at the same place.
+    Each comes with `worst`: the case, its shape and the index where it was found. A value that is not finite gives
+    infinity and -1 as the figures, encoded as `"inf"` where JSON needs a word.
+    """
+    scale = max([1.0, *(float(np.abs(pair.reference.values[pair.reference.real]).max(initial=0)) for pair in pairs)])
+    found: dict[str, tuple[float, str]] = {"max_abs": (0.0, ""), "max_rel": (0.0, ""), "cosine": (1.0, "")}
+    same = total = 0
+    first_difference = ""
+    single = all(pair.reference.values.shape[1] == 1 for pair in pairs)
+    for pair in pairs:
+        reference, actual, real = pair.reference.values, pair.actual.values, pair.reference.real
+        if not np.isfinite(actual[real]).all():
+            row, column = np.argwhere(~np.isfinite(actual) & real)[0]
+            where = _where(pair, tensor, int(row), int(column))
+            return {
+                "scale": scale,
+                "figures": {name: bad for name, bad in _worst_possible(logits).items()},
+                "worst": {name: f"{where}: {actual[row, column]}" for name in _worst_possible(logits)},
+            }
+        error = np.where(real, np.abs(actual - reference), 0.0)
+        relative = error / np.maximum(np.abs(reference), scale / 1000)
+        for name, values in (("max_abs", error / scale), ("max_rel", relative)):
+            row, column = np.unravel_index(int(np.argmax(values)), values.shape)
+            if values[row, column] > found[name][0] or not found[name][1]:
+                found[name] = (float(values[row, column]), _where(pair, tensor, int(row), int(column)))
+        if not single:
+            cosines = cosine(np.where(real, reference, 0.0), np.where(real, actual, 0.0))
+            row = int(np.argmin(cosines))
+            if cosines[row] < found["cosine"][0] or not found["cosine"][1]:
+                found["cosine"] = (float(cosines[row]), _where(pair, tensor, row))
+        if logits:
+            low = np.where(real, reference, -np.inf).argmax(axis=1), np.where(real, actual, -np.inf).argmax(axis=1)
+            different = np.flatnonzero(low[0] != low[1])
+            same, total = same + len(low[0]) - len(different), total + len(low[0])
+            if len(different) and not first_difference:
+                first_difference = _where(pair, tensor, int(different[0]))
+    if single:
+        stacked = [np.concatenate([getattr(pair, side).values[:, 0] for pair in pairs]) for side in ("reference", "actual")]
+        found["cosine"] = (float(cosine(stacked[0][None], stacked[1][None])[0]), f"{tensor.name}: all samples together")
+    if logits and not single:
+        found["argmax"] = (same / total if total else 1.0, first_difference or f"{tensor.name}: everywhere the same")
+    return {
+        "scale": scale,
+        "figures": {name: figure for name, (figure, _) in found.items()},
+        "worst": {name: worst for name, (_, worst) in found.items()},
+    }
+
+
+def _worst_possible(logits: bool) -> dict[str, float]:
+    # Larger than any limit, and a number that JSON can hold.
+    figures = {"max_abs": 1e308, "max_rel": 1e308, "cosine": -1.0}
+    return {**figures, "argmax": 0.0} if logits else figures
+
+
+def cosine(a: Array, b: Array) -> Array:
+    """The cosine of each row of `a` and `b`, both `[rows, width]`; 1 where both are zero, 0 where one is."""
+    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    product = norms[0] * norms[1]
+    both_zero = (norms[0] == 0) & (norms[1] == 0)
+    inner = np.einsum("ij,ij->i", a, b)
+    result: Array = np.where(both_zero, 1.0, np.divide(inner, product, out=np.zeros_like(inner), where=product > 0))
+    return np.clip(result, -1.0, 1.0)
+
+
+def _where(pair: Pair, tensor: Tensor, row: int, column: int | None = None) -> str:
+    batch, sequence = pair.case.mask.shape
+    index = list(pair.reference.index[row])
+    if column is not None and not (len(index) == len(tensor.shape)):
+        index.append(column)
+    return f"sample {pair.case.name!r} ({batch}x{sequence}), output {tensor.name}{index}"
+
+
+def judge(outputs: Mapping[str, Mapping[str, Any]], limits: Limits) -> tuple[Check, ...]:
+    """Hold figures, as `compare` gave them for each output, against limits.
+
+    `max_abs` may be at most its limit; `cosine` and `argmax` at least theirs. A figure without a limit is no check.
+    """
+    checks = []
+    for output, result in outputs.items():
+        for name, figure in result["figures"].items():
+            limit = getattr(limits, name, None)
+            if limit is not None:
+                passed = figure <= limit if name == "max_abs" else figure >= limit
+                checks.append(Check(output, name, figure, limit, passed, result["worst"][name]))
+    return tuple(checks)

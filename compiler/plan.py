@@ -1,0 +1,222 @@
+"""What a build would do: every step with all that shapes its result, and why it would run. Imports no torch."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import compiler
+from compiler import cpu
+from compiler.backends import BACKENDS
+from compiler.config import ModelSpec
+from compiler.errors import ConfigError
+from compiler.hashing import canonical, digest, file_sha256
+from compiler.manifest import differences
+from compiler.sources import read_config
+from compiler.store import Step, Store
+from compiler.tasks import infer, parse_line
+from compiler.types import Precision, Snapshot, Target
+from compiler.workers import THREADS
+
+PACKAGE = Path(__file__).parent
+# Text of the compiler's own, for a model whose user names none.
+BUILTIN_TEXT = PACKAGE / "data" / "validation.jsonl"
+LOAD_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "optimum", "numpy")
+# Files of a checkpoint that travel with a release but that no computation reads.
+DOCUMENTS = (".md", "LICENSE", "NOTICE")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The lines of a data file, parsed for the task. `name` is what the manifest calls it."""
+
+    name: str
+    sha256: str
+    lines: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one model, in the order in which they can run. `exports` holds each target's, and those of targets
+    that others are made from; `validates` those of the targets that were asked for."""
+
+    spec: ModelSpec
+    task: str
+    snapshot: Snapshot
+    texts: Texts
+    load: Step
+    exports: Mapping[Target, Step]
+    validates: Mapping[Target, Step]
+    package: Step
+
+    @property
+    def steps(self) -> Iterator[Step]:
+        yield self.load
+        for target, step in self.exports.items():
+            yield step
+            if target in self.validates:
+                yield self.validates[target]
+        yield self.package
+
+    def source_of(self, target: Target) -> Target | None:
+        """The target from whose files this one is made."""
+        precision = BACKENDS[target.format].PRECISIONS[target.precision]
+        return None if precision is None else Target(target.format, precision, target.opset)
+
+
+def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
+    """Work out every step of a model. `folder` is what data paths are relative to.
+
+    Raises:
+        ConfigError: the data cannot be read or does not fit the task.
+        SourceError: the task cannot be inferred.
+    """
+    config = read_config(snapshot)
+    if spec.task is not None:
+        task: str = spec.task
+    elif config:
+        task = infer(config, any(file.path == "modules.json" for file in snapshot.support))
+    else:
+        task = "feature-extraction"  # a GGUF does not say what its head is for
+    texts = read_texts(spec, task, folder)
+    checkpoint = {
+        f"source {file.path}": file.sha256 for file in snapshot.files if not file.path.endswith(DOCUMENTS)
+    }
+    common = {"task": task, "trust_remote_code": str(spec.trust_remote_code), **checkpoint}
+
+    def step(stage: str, target: str, inputs: Mapping[str, str], libraries: Sequence[str], code: Sequence[str]) -> Step:
+        used = {name: version(name) for name in libraries}
+        used |= {f"code {name}": _code(name) for name in code}
+        return Step(str(spec), stage, target, dict(sorted({**inputs, **used}.items())))
+
+    load = step(
+        "load",
+        "",
+        common
+        | {
+            "data": texts.sha256,
+            "batch": " ".join(map(str, spec.shapes.batch)),
+            "sequence": " ".join(map(str, spec.shapes.sequence or ())) or "default",
+            "threads": str(THREADS),
+        },
+        LOAD_LIBRARIES,
+        ("stages/load.py", "numerics.py", "sources.py"),
+    )
+    exports: dict[Target, Step] = {}
+
+    def add(target: Target) -> Step:
+        if target not in exports:
+            backend = BACKENDS[target.format]
+            precision = backend.PRECISIONS[target.precision]
+            inputs = {"precision": target.precision, "opset": str(target.opset or "default")}
+            if precision is None:
+                inputs |= common
+            else:
+                source = Target(target.format, precision, target.opset)
+                inputs[f"step export {source}"] = add(source).key
+            libraries = {*backend.LIBRARIES, *(() if precision else LOAD_LIBRARIES)}
+            code = ("stages/export.py", "stages/load.py", f"backends/{target.format}.py")
+            exports[target] = step("export", str(target), inputs, sorted(libraries), code)
+        return exports[target]
+
+    validates = {}
+    for target in spec.targets.list():
+        made = add(target)
+        backend = BACKENDS[target.format]
+        inputs = {
+            "cpu": cpu.features(),
+            "runtime": canonical(backend.runtime(target.precision)).decode(),
+            "step load": load.key,
+            f"step export {target}": made.key,
+            "threads": str(THREADS),
+        }
+        inputs["runtime"] = " ".join(f"{key}={value}" for key, value in sorted(backend.runtime(target.precision).items()))
+        code = ("stages/validate.py", "numerics.py", f"backends/{target.format}.py")
+        validates[target] = step("validate", str(target), inputs, sorted(backend.LIBRARIES), code)
+
+    limits = {
+        f"limits {precision}": " ".join(
+            f"{name}={value}" for name, value in spec.budget.limits(precision).model_dump(exclude_none=True).items()
+        )
+        for precision in sorted({target.precision for target in validates})
+    }
+    package = step(
+        "package",
+        "",
+        {
+            **limits,
+            **{f"source {file.path}": file.sha256 for file in snapshot.files},
+            **{f"step {made.id}": made.key for made in (load, *exports.values(), *validates.values())},
+            "compiler": compiler.__version__,
+            "name": spec.name,
+            "python": platform.python_version(),
+            "release": spec.release,
+            "source": snapshot.uri,
+            "targets": ", ".join(map(str, validates)),
+        },
+        (),
+        ("stages/package.py", "manifest.py"),
+    )
+    return Plan(spec, task, snapshot, texts, load, exports, validates, package)
+
+
+def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
+    """The validation text of a model, or the compiler's own."""
+    named = spec.data.validation
+    path = BUILTIN_TEXT if named is None else folder / named.path
+    name = "built-in" if named is None else Path(named.path).name
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"data.validation: {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data.validation: {path}: not UTF-8 text") from error
+    lines = tuple(
+        parse_line(line, task, f"{path}:{number}")
+        for number, line in enumerate(content.splitlines(), start=1)
+        if line.strip()
+    )
+    if not lines:
+        raise ConfigError(f"data.validation: {path}: holds no line; give one JSON object a line")
+    if len({len(line) for line in lines}) > 1:
+        raise ConfigError(f"data.validation: {path}: some lines have a text_pair and some have none; give all of them one")
+    return Texts(name, digest([list(line) for line in lines]), lines)
+
+
+@functools.cache
+def version(distribution: str) -> str:
+    """The version of an installed distribution.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"{distribution}: not installed here; install the package with its pinned versions") from None
+
+
+@functools.cache
+def _code(name: str) -> str:
+    """The hash of one of our own modules: a stage's version that nobody can forget to raise."""
+    return file_sha256(PACKAGE / name)
+
+
+def why(step: Step, previous: Mapping[str, str] | None, store: Store) -> str | None:
+    """Why a step would run; None where the cache has it. `previous` are its inputs when it last ran."""
+    if store.has(step):
+        return None
+    if previous is None:
+        return "never built here"
+    changed = differences(previous, step.inputs)
+    if not changed:
+        return "its result is no longer in the cache"
+    # A step that follows another names what changed there, not the other's key.
+    plain = [text for text in changed if not text.startswith("step ")]
+    changed = plain or [f"{text.split(' ')[1]} {text.split(' ')[2]} changed".strip() for text in changed]
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return ", ".join(changed[:3]) + more

@@ -1,0 +1,69 @@
+"""How a build looks while it runs: a live line a step on a terminal, plain lines elsewhere. Always on stderr."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from compiler.types import Event
+
+SHOWN = {"run": "done", "cached": "cached", "current": "unchanged", "released": "released", "failed": "FAILED", "waiting": "waiting"}
+STYLE = {"failed": "bold red", "released": "green", "run": "green", "waiting": "yellow"}
+
+
+class Display:
+    """Use as a context manager and give `tell` to the build. With `verbose`, what libraries print is shown as well."""
+
+    def __init__(self, verbose_folder: Path | None = None) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._live = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=self.console, transient=True
+        )
+        self._tasks: dict[tuple[str, str], TaskID] = {}
+        self._lock = threading.Lock()
+        self._verbose_folder = verbose_folder
+        self._read: dict[Path, int] = {}
+        self._begun = time.time()
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def tell(self, event: Event) -> None:
+        with self._lock:
+            key = (event.model, event.step)
+            if event.state == "start":
+                if self.console.is_terminal:
+                    self._tasks[key] = self._live.add_task(f"{event.model}  {event.step}", total=None)
+                return
+            if key in self._tasks:
+                self._live.remove_task(self._tasks.pop(key))
+            self._show_log(event)
+            text = f"{event.model}  {event.step or 'release':<26} {SHOWN[event.state]:<9} {event.seconds:6.1f} s  {event.detail}"
+            self.console.print(text.rstrip(), style=STYLE.get(event.state, ""), markup=False)
+
+    def _show_log(self, event: Event) -> None:
+        """What was added to the build's log since the last step ended."""
+        if self._verbose_folder is None:
+            return
+        log = self._verbose_folder / event.model.replace(" ", "-") / "build.log"
+        try:
+            with open(log, "rb") as stream:
+                if log not in self._read and log.stat().st_mtime < self._begun:
+                    return
+                stream.seek(self._read.get(log, 0))
+                added = stream.read()
+        except OSError:
+            return
+        self._read[log] = self._read.get(log, 0) + len(added)
+        for line in added.decode(errors="replace").splitlines():
+            self.console.print(f"  | {line}", style="dim", markup=False)

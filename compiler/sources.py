@@ -1,0 +1,313 @@
+"""Where a checkpoint comes from: `path:FOLDER`, `package:PACKAGE/FOLDER`, `hf:ORG/NAME@REVISION`. Imports no torch.
+
+`resolve` finds the files that a build reads, and only those: it never opens a pickle, runs a checkpoint's code or follows
+a link out of the folder. What else lies in the folder (other exports, adapters, optimizer states) is out of the build's
+sight, so it can neither change a result nor travel with a release.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
+
+from compiler.errors import SourceError
+from compiler.hashing import hash_files
+from compiler.types import File, Snapshot
+
+if TYPE_CHECKING:
+    from compiler.config import ModelSpec
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+TOKENIZER_FILES = frozenset(
+    {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "spm.model"}
+)
+SUPPORT_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".md"})
+SUPPORT_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)([.-].*)?", re.IGNORECASE)
+# Names that a release gives its own files, and what training leaves behind.
+NOT_SUPPORT = frozenset({"manifest.json", "validation.json", "trainer_state.json", "optimizer.json", "export.json"})
+
+
+def resolve(spec: ModelSpec, folder: Path) -> Snapshot:
+    """Find and hash a model's checkpoint. `folder` is what `path:` is relative to.
+
+    Raises:
+        SourceError: it is not there, is incomplete, has only pickles, leads out of its folder, or differs from its pins.
+    """
+    kind, _, rest = spec.source.partition(":")
+    uri, revision = spec.source, None
+    if kind == "hf":
+        root, revision = _download(spec, rest)
+        uri = f"hf:{rest.partition('@')[0]}@{revision}"
+    elif kind == "package":
+        root = _package_folder(rest)
+    else:
+        root = folder / rest
+        if Path(rest).is_absolute():
+            uri = f"path:{root.name}"  # a release must not tell where on a machine it was made
+        if not root.exists():
+            raise SourceError(f"{spec.source}: no such file or folder: {root}")
+
+    only = None
+    if root.is_file():
+        root, only = root.parent, root.name
+        if not only.endswith(".gguf"):
+            raise SourceError(f"{spec.source}: a source is a checkpoint's folder, or one GGUF file")
+    names = [only] if only else _list_folder(root)
+    weights, support = _select(names, lambda name: _read_json(_inside(root, name), name), spec)
+    for name in weights + support:
+        _inside(root, name)
+    try:
+        files = {file.path: file for file in hash_files(root, weights + support)}
+    except OSError as error:
+        raise SourceError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    _check_pins(spec, files)
+    return Snapshot(
+        uri=uri,
+        root=root,
+        weights=tuple(files[name] for name in weights),
+        support=tuple(files[name] for name in support),
+        revision=revision,
+        licence=_licence(root) if "README.md" in support else None,
+    )
+
+
+def _select(
+    names: Collection[str], read_json: Callable[[str], Any], spec: ModelSpec
+) -> tuple[list[str], list[str]]:
+    """The weights and the support files among the names of a checkpoint. Pure but for `read_json`."""
+    where = spec.source
+    present = set(names)
+    gguf = sorted(name for name in present if name.endswith(".gguf") and "/" not in name)
+    if SAFETENSORS in present:
+        weights = [SAFETENSORS]
+    elif SAFETENSORS_INDEX in present:
+        weights = [SAFETENSORS_INDEX, *_shards(read_json(SAFETENSORS_INDEX), SAFETENSORS_INDEX, present)]
+    elif len(gguf) == 1:
+        weights = gguf
+    elif gguf:
+        raise SourceError(f"{where}: holds {len(gguf)} GGUF files ({', '.join(gguf)}); name one as the source")
+    elif pickles := sorted(present & {PICKLE, PICKLE_INDEX}):
+        if not spec.allow_pickle:
+            raise SourceError(
+                f"{where}: its weights are a pickle ({pickles[0]}), which can run code; save it as safetensors, "
+                "or set allow_pickle: true"
+            )
+        weights = [PICKLE]
+        if PICKLE not in present:
+            weights = [PICKLE_INDEX, *_shards(read_json(PICKLE_INDEX), PICKLE_INDEX, present)]
+    elif "config.json" not in present:
+        raise SourceError(f"{where}: not a checkpoint: no config.json and no weights in it")
+    else:
+        raise SourceError(f"{where}: no weights: neither {SAFETENSORS}, {SAFETENSORS_INDEX} nor one GGUF file")
+    if "config.json" not in present and not weights[0].endswith(".gguf"):
+        raise SourceError(f"{where}: no config.json beside the weights")
+
+    support = [
+        name
+        for name in sorted(present)
+        if "/" not in name
+        and not name.startswith(".")
+        and not name.endswith(".index.json")
+        and name not in NOT_SUPPORT
+        and name not in weights
+        and (PurePosixPath(name).suffix in SUPPORT_SUFFIXES or SUPPORT_NAMES.fullmatch(name))
+    ]
+    if spec.trust_remote_code:
+        support += [name for name in sorted(present) if name.endswith(".py") and "/" not in name]
+    if "modules.json" in present:
+        support += _module_files(read_json("modules.json"), present, spec)
+    return weights, support
+
+
+def _shards(index: Any, name: str, present: Collection[str]) -> list[str]:
+    """The shards that an index names, all of them there, all of them plain names in the folder."""
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{name}: no weight_map in it; save the checkpoint again")
+    shards = sorted({str(shard) for shard in weight_map.values()})
+    for shard in shards:
+        if PurePosixPath(shard).name != shard or shard in ("", ".", "..") or "\\" in shard:
+            raise SourceError(f"{name}: shard {shard!r} leads out of the checkpoint's folder; shards are plain names")
+        if shard not in present:
+            raise SourceError(f"{name}: shard {shard} is missing; fetch the checkpoint again")
+        if name == SAFETENSORS_INDEX and not shard.endswith(".safetensors"):
+            raise SourceError(f"{name}: shard {shard!r} is not a safetensors file")
+    return shards
+
+
+def _module_files(modules: Any, present: Collection[str], spec: ModelSpec) -> list[str]:
+    """The files of sentence-transformers' modules (`1_Pooling/config.json`, `2_Dense/model.safetensors` …)."""
+    found = []
+    for module in modules if isinstance(modules, list) else []:
+        folder = module.get("path", "") if isinstance(module, dict) else ""
+        if not folder:
+            continue
+        if not isinstance(folder, str) or PurePosixPath(folder).is_absolute() or ".." in PurePosixPath(folder).parts:
+            raise SourceError(f"modules.json: path {folder!r} leads out of the checkpoint's folder")
+        inner = [name for name in sorted(present) if name.startswith(f"{folder}/")]
+        safe = [name for name in inner if name.endswith((".json", ".safetensors", ".txt"))]
+        pickles = [name for name in inner if name.endswith(PICKLE)]
+        if pickles and not any(name.endswith(".safetensors") for name in safe):
+            if not spec.allow_pickle:
+                raise SourceError(
+                    f"{spec.source}: the weights of module {folder} are a pickle; save it as safetensors, "
+                    "or set allow_pickle: true"
+                )
+            safe += pickles
+        found += safe
+    return found
+
+
+def _list_folder(root: Path) -> list[str]:
+    """The names in a checkpoint's folder and one level below it."""
+    names = []
+    try:
+        for entry in os.scandir(root):
+            if entry.is_dir():
+                names += [f"{entry.name}/{inner.name}" for inner in os.scandir(entry.path) if not inner.is_dir()]
+            else:
+                names.append(entry.name)
+    except OSError as error:
+        raise SourceError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    return sorted(names)
+
+
+def _inside(root: Path, name: str) -> Path:
+    """`root/name`, once it is certain that no link takes it out of the checkpoint.
+
+    A hub's cache is the one place where links are at home: there a snapshot's files link to `blobs/` beside it.
+    """
+    path = root / name
+    home = root.resolve()
+    if home.parent.name == "snapshots" and (home.parent.parent / "blobs").is_dir():
+        home = home.parent.parent
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise SourceError(f"{name}: a link that leads nowhere; fetch the checkpoint again") from None
+    if not real.is_relative_to(home):
+        raise SourceError(f"{name}: a link that leads out of the checkpoint's folder; put the file itself there")
+    if not real.is_file():
+        raise SourceError(f"{name}: not a regular file")
+    return path
+
+
+def _read_json(path: Path, name: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise SourceError(f"{name}: not readable as JSON ({error}); fetch the checkpoint again") from error
+
+
+def read_config(snapshot: Snapshot) -> dict[str, Any]:
+    """The parsed config.json; empty for a GGUF, which carries its own.
+
+    Raises:
+        SourceError: it is not a JSON object.
+    """
+    if not any(file.path == "config.json" for file in snapshot.support):
+        return {}
+    config = _read_json(snapshot.root / "config.json", "config.json")
+    if not isinstance(config, dict):
+        raise SourceError("config.json: not a JSON object; fetch the checkpoint again")
+    return config
+
+
+def _check_pins(spec: ModelSpec, files: dict[str, File]) -> None:
+    for name, pinned in spec.sha256.items():
+        if name not in files:
+            raise SourceError(f"{spec.source}: {name} is pinned by sha256 but is not among the files that are read")
+        if files[name].sha256 != pinned:
+            raise SourceError(
+                f"{spec.source}: {name} has sha256 {files[name].sha256[:12]}…, pinned is {pinned[:12]}…; "
+                "it is another file: fetch the right one, or change the pin if you trust this one"
+            )
+
+
+def _licence(root: Path) -> str | None:
+    """The licence that a model card states in its front matter."""
+    try:
+        parts = (root / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        card = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    licence = card.get("license") if isinstance(card, dict) else None
+    return licence if isinstance(licence, str) else None
+
+
+def _package_folder(rest: str) -> Path:
+    """A folder of an installed package, found without importing it: a package of weights is data, not code."""
+    package, _, inner = rest.partition("/")
+    if ".." in PurePosixPath(inner).parts or not package.isidentifier():
+        raise SourceError(f"package:{rest}: a package's source is package:PACKAGE/FOLDER")
+    found = importlib.util.find_spec(package)
+    for location in (found.submodule_search_locations or ()) if found else ():
+        if (Path(location) / inner).exists():
+            return Path(location) / inner
+    if found is None:
+        raise SourceError(f"package:{rest}: package {package} is not installed here; install it with pip")
+    raise SourceError(f"package:{rest}: package {package} has no folder {inner!r}")
+
+
+def _download(spec: ModelSpec, rest: str) -> tuple[Path, str]:
+    """Fetch a hub's checkpoint into the hub's own cache: its folder, and the commit that the revision stands for."""
+    repo, _, revision = rest.partition("@")
+    revision = revision or spec.revision or "main"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        info = HfApi().model_info(repo, revision=revision)
+        commit = str(info.sha)
+        names = [sibling.rfilename for sibling in info.siblings or ()]
+
+        def fetch(name: str) -> Path:
+            return Path(hf_hub_download(repo, name, revision=commit))
+
+        weights, support = _select(names, lambda name: _read_json(fetch(name), name), spec)
+        paths = {name: fetch(name) for name in weights + support}
+        first = weights[0]
+        return Path(str(paths[first])[: -len(first) - 1]), commit
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        if re.fullmatch("[0-9a-f]{40}", revision) and not _refused(error):
+            # A commit never changes: what an earlier build fetched is as good as the hub.
+            try:
+                return Path(snapshot_download(repo, revision=revision, local_files_only=True)), revision
+            except (HfHubHTTPError, OSError, ValueError):
+                pass
+        _fail(repo, revision, error)
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether a hub answered, rather than could not be reached."""
+    return getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404)
+
+
+def _fail(repo: str, revision: str, error: BaseException) -> NoReturn:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        reason = "the hub refuses access; accept its terms there and set HF_TOKEN"
+    elif status == 404:
+        reason = "the hub has no such repository or revision (or it is private: set HF_TOKEN)"
+    elif status is not None:
+        reason = f"the hub answered {status}; try again later"
+    elif isinstance(error, OSError) and error.errno is not None and error.filename:
+        reason = f"{error.filename}: {error.strerror}"
+    else:
+        reason = f"the hub could not be reached ({type(error).__name__}); check the network and HF_ENDPOINT"
+    raise SourceError(f"hf:{repo}@{revision}: {reason}") from error
+
+
+def tokenizer_files(names: Iterable[str]) -> list[str]:
+    """Those of the names that a tokenizer can be made from."""
+    return sorted(set(names) & TOKENIZER_FILES)

@@ -1,0 +1,455 @@
+"""Load: a checkpoint into memory, complete or not at all, and the reference that every artifact is held against.
+
+transformers fills weights that a checkpoint lacks at random and goes on; here that is an error that names them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compiler.errors import ConfigError, SourceError, StageError
+from compiler.numerics import Case, rows
+from compiler.sources import read_config, tokenizer_files
+from compiler.tasks import TASKS
+from compiler.types import Model, Signature, Snapshot, Tensor
+from compiler.workers import THREADS
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# The logits of a large vocabulary over many tokens would be gigabytes; then fewer rows are kept, spread evenly.
+MAX_REFERENCE_BYTES = 256 << 20
+MIN_ROWS = 16
+SAMPLES, REFERENCE = "samples.safetensors", "reference.safetensors"
+# The longest sample, without padding, when the model's positions allow more than the configured shapes ask for.
+LONGEST = 512
+
+
+def load(snapshot: Snapshot, task: str, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Model:
+    """Load a checkpoint in eager fp32.
+
+    Raises:
+        SourceError: a file is damaged; the architecture is unknown or has no head for the task; a weight is missing, has
+            another shape than the config says; there is no tokenizer.
+    """
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    _check_tensors(snapshot)
+    with _only(snapshot) as folder:
+        gguf = next((file.path for file in snapshot.weights if file.path.endswith(".gguf")), None)
+        extra: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+        extra |= {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        with _explained(snapshot, "the config", trust_remote_code):
+            config = AutoConfig.from_pretrained(folder, **extra)
+        automatic = _auto_class(task, config)
+        if not gguf and not tokenizer_files(file.path for file in snapshot.support):
+            raise SourceError(f"{snapshot.uri}: no tokenizer beside the weights (tokenizer.json, vocab.txt …); add it")
+        with _explained(snapshot, "the tokenizer", trust_remote_code):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+        for name, value in (("output_hidden_states", False), ("output_attentions", False), ("return_dict", True)):
+            setattr(config, name, value)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+        extra |= {"config": config, "dtype": torch.float32, "output_loading_info": True, "weights_only": True}
+        if not gguf:
+            extra["use_safetensors"] = not _is_pickle(snapshot)
+        if _is_pickle(snapshot) and not allow_pickle:
+            raise SourceError(f"{snapshot.uri}: its weights are a pickle; set allow_pickle: true to open it")
+        module, left_out = _weights(automatic, folder, snapshot, task, extra)
+
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    parameters = inspect.signature(module.forward).parameters
+    inputs = tuple(
+        name
+        for name in parameters
+        if name in INPUTS
+        and name in {*tokenizer.model_input_names, "input_ids", "attention_mask"}
+        # A model without token types ignores them: DeBERTa-v2's tokenizer makes them all the same.
+        and not (name == "token_type_ids" and getattr(config, "type_vocab_size", 1) == 0)
+    )
+    if "attention_mask" not in inputs:
+        raise SourceError(f"{snapshot.uri}: {type(module).__name__} takes no attention_mask; it is no encoder of text")
+    module.eval().requires_grad_(False)
+    return Model(
+        module=module,
+        tokenizer=tokenizer,
+        task=task,
+        inputs=inputs,
+        example=_example(config, task, inputs),
+        positions=_positions(module),
+        left_out=left_out,
+    )
+
+
+def _auto_class(task: str, config: Any) -> Any:
+    """transformers' auto class for the task, by optimum, once it is certain that the architecture has such a head."""
+    from optimum.exporters.tasks import TasksManager
+
+    automatic = TasksManager.get_model_class_for_task(task, model_type=config.model_type, library="transformers")
+    if type(config) in automatic._model_mapping or automatic.__name__ in getattr(config, "auto_map", {}):
+        return automatic
+    fitting = [
+        name
+        for name in TASKS
+        if type(config)
+        in TasksManager.get_model_class_for_task(name, model_type=config.model_type, library="transformers")._model_mapping
+    ]
+    hint = f"it has {', '.join(fitting)}" if fitting else "none of the tasks here fits it"
+    raise SourceError(f"task: {config.model_type} has no head for {task}; {hint}")
+
+
+def _weights(
+    automatic: Any, folder: Path, snapshot: Snapshot, task: str, extra: dict[str, Any]
+) -> tuple[torch.nn.Module, tuple[str, ...]]:
+    """The module with every weight from the checkpoint, and the names of the parts that it does without."""
+    with _explained(snapshot, "the weights", extra["trust_remote_code"]):
+        module, report = automatic.from_pretrained(folder, **extra)
+    missing = sorted(report["missing_keys"])
+    left_out: tuple[str, ...] = ()
+    pooler = sorted(name for name, _ in module.named_parameters() if name.startswith("pooler."))
+    if (
+        task == "feature-extraction"
+        and missing
+        and missing == pooler
+        and "add_pooling_layer" in inspect.signature(type(module).__init__).parameters
+    ):
+        # Checkpoints of a masked language model have no pooler. The features do not need one: do without it, rather
+        # than ship one of random numbers.
+        with _explained(snapshot, "the weights", extra["trust_remote_code"]):
+            module, report = automatic.from_pretrained(folder, add_pooling_layer=False, **extra)
+        missing, left_out = sorted(report["missing_keys"]), ("pooler",)
+    if missing:
+        raise SourceError(
+            f"{snapshot.uri}: {len(missing)} weights of {type(module).__name__} are missing from the checkpoint: "
+            f"{_names(missing)}; it was not trained for {task}, or not saved whole"
+        )
+    if mismatched := sorted(str(key) for key in report.get("mismatched_keys", ())):
+        raise SourceError(f"{snapshot.uri}: weights of another shape than config.json says: {_names(mismatched)}")
+    return module, left_out
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+@contextlib.contextmanager
+def _only(snapshot: Snapshot) -> Iterator[Path]:
+    """A folder with links to the snapshot's files and nothing else.
+
+    transformers looks for adapters, other weights and code beside a config; what was not hashed must not be found.
+    """
+    with tempfile.TemporaryDirectory(prefix="compile-") as name:
+        folder = Path(name)
+        for file in snapshot.files:
+            link = folder / file.path
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to((snapshot.root / file.path).resolve())
+        yield folder
+
+
+@contextlib.contextmanager
+def _explained(snapshot: Snapshot, what: str, trust_remote_code: bool) -> Iterator[None]:
+    """Turn what transformers raises on a bad checkpoint into one line that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, AssertionError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+            raise
+        if "trust_remote_code" in text:
+            reason = "it needs Python code of its own; read that code, then set trust_remote_code: true"
+        elif match := re.search(r"model type `([^`]+)`", text):
+            reason = f"config.json names an unknown architecture, {match[1]!r}; this transformers does not have it"
+        elif "Unrecognized model" in text:
+            reason = "config.json names no model_type; this transformers cannot tell what it is"
+        elif "size mismatch" in text or "ignore_mismatched_sizes" in text:
+            names = re.findall(r"([\w.]+)\s*\|\s*MISMATCH|size mismatch for ([\w.]+)", str(error))
+            found = sorted({first or second for first, second in names})
+            reason = f"weights of another shape than config.json says: {_names(found) if found else text[:200]}"
+        else:
+            reason = f"{what} cannot be loaded: {type(error).__name__}: {text[:200]}"
+        raise SourceError(f"{snapshot.uri}: {reason}") from error
+
+
+def _is_pickle(snapshot: Snapshot) -> bool:
+    return any(file.path.endswith(".bin") for file in snapshot.weights)
+
+
+def _check_tensors(snapshot: Snapshot) -> None:
+    """Open each safetensors file's header, which must cover the file exactly; the library checks that."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in snapshot.weights:
+        path = snapshot.root / file.path
+        if file.path.endswith(".safetensors"):
+            try:
+                with safe_open(path, framework="np"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise SourceError(f"{file.path}: damaged or cut short ({error}); fetch it again") from error
+        elif file.size == 0:
+            raise SourceError(f"{file.path}: empty; fetch it again")
+
+
+def _positions(module: torch.nn.Module) -> int | None:
+    """The longest sequence that the model has positions for, in tokens.
+
+    RoBERTa and its kin number positions from `padding_idx + 1`, so that many rows of the table stand for none.
+    """
+    import torch
+
+    for name, part in module.named_modules():
+        if name.rpartition(".")[2] == "position_embeddings" and isinstance(part, torch.nn.Embedding):
+            return part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+    config: Any = module.config
+    positions = getattr(config, "max_position_embeddings", None)
+    return int(positions) if isinstance(positions, int) and positions > 0 else None
+
+
+def _example(config: Any, task: str, inputs: Sequence[str]) -> dict[str, torch.Tensor]:
+    """optimum's dummy inputs, int64 `[2, 16]`, to trace with: never a shape of which an axis is 1 or equals another."""
+    import torch
+    from optimum.utils import DummyTextInputGenerator, NormalizedConfigManager, NormalizedTextConfig
+
+    try:
+        normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+    except KeyError:
+        normalized = NormalizedTextConfig(config)
+    torch.manual_seed(0)
+    length = min(16, int(getattr(config, "max_position_embeddings", 16) or 16) - 4)
+    generator = DummyTextInputGenerator(task, normalized, batch_size=2, sequence_length=length)
+    example = {name: generator.generate(name, framework="pt").to(torch.int64) for name in inputs}
+    example["attention_mask"] = torch.ones_like(example["input_ids"])
+    example["attention_mask"][1, length // 2 :] = 0  # a mask of ones alone would let a trace leave the mask out
+    return example
+
+
+def run_eager(model: Model, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """The model's own outputs, fp32, under transformers' names."""
+    import torch
+
+    with torch.inference_mode():
+        outputs = model.module(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+    return {name: value.float().numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+def signature(model: Model) -> Signature:
+    """Inputs and outputs with their dynamic axes, found by running two shapes that have no size in common."""
+    import numpy as np
+
+    found = []
+    for batch, sequence in ((2, 5), (3, 7)):
+        ids = np.full((batch, sequence), model.example["input_ids"][0, 1].item(), dtype=np.int64)
+        inputs = {name: np.zeros_like(ids) for name in model.inputs}
+        inputs |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        found.append(run_eager(model, inputs))
+    axes = {(2, 3): "batch", (5, 7): "sequence"}
+    outputs = tuple(
+        Tensor(name, "float32", tuple(axes.get((a, b), a) for a, b in zip(value.shape, found[1][name].shape, strict=True)))
+        for name, value in found[0].items()
+    )
+    return Signature(tuple(Tensor(name, "int64", ("batch", "sequence")) for name in model.inputs), outputs)
+
+
+def cases(
+    model: Model, texts: Sequence[tuple[str, ...]], batches: Sequence[int], sequences: Sequence[int] | None
+) -> list[Case]:
+    """Real text, tokenized, over a matrix of shapes: every batch × sequence without padding, padded right and left; and
+    odd, short and longest shapes.
+
+    Raises:
+        ConfigError: a sequence is longer than the model has positions.
+        SourceError: the tokenizer gives ids that the model has no embedding for.
+    """
+    most = model.positions
+    if sequences is None:
+        sequences = sorted({length if most is None else min(length, most) for length in (16, 128)})
+    for length in sequences:
+        if most is not None and length > most:
+            raise ConfigError(f"shapes.sequence: {length} is longer than the model's {most} positions; at most {most}")
+    longest = max(sequences)
+    shapes = [
+        (batch, sequence, padding)
+        for batch in batches
+        for sequence in sequences
+        for padding in ("no padding", "right padding", "left padding")
+    ]
+    odd = max(longest - 1 - longest % 2, 5)
+    shapes += [(3, odd, "right padding"), (3, odd, "left padding"), (1, 5, "no padding")]
+    shapes += [(1, min(most or LONGEST, max(LONGEST, longest)), "no padding")]
+    texts = _with_masks(model, texts)
+    found = []
+    for number, (batch, sequence, padding) in enumerate(shapes):
+        start = number * batch
+        chosen = [texts[(start + row) % len(texts)] for row in range(batch)]
+        if padding == "no padding":
+            rest = [texts[(start + row) % len(texts)][-1] for row in range(len(texts))]
+            chosen = [_lengthened(model, text, rest, sequence) for text in chosen]
+        inputs = tokenize(model, chosen, sequence, "left" if padding.startswith("left") else "right")
+        found.append(Case(padding, inputs))
+    _check_ids(model, found)
+    return found
+
+
+def tokenize(
+    model: Model, texts: Sequence[tuple[str, ...]], sequence: int, side: str
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Texts as int64 `[batch, sequence]`, cut and padded to exactly that length."""
+    import numpy as np
+
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    encoded = model.tokenizer(
+        *columns,
+        truncation="longest_first",
+        max_length=sequence,
+        padding="max_length",
+        padding_side=side,
+        return_tensors="np",
+        return_token_type_ids="token_type_ids" in model.inputs or None,
+        return_attention_mask=True,
+    )
+    return {name: np.ascontiguousarray(encoded[name], dtype=np.int64) for name in model.inputs}
+
+
+def _lengthened(model: Model, text: tuple[str, ...], rest: Sequence[str], sequence: int) -> tuple[str, ...]:
+    """A text whose last part is long enough to fill `sequence` tokens, by adding the texts that follow it."""
+    long = text[-1]
+    while len(model.tokenizer(long, verbose=False)["input_ids"]) < 2 * sequence:
+        long = " ".join([long, *rest])
+    return (*text[:-1], long)
+
+
+def _with_masks(model: Model, texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """For fill-mask, texts with a masked word: where `[MASK]` or `<mask>` stands, or else the middle word."""
+    if model.task != "fill-mask":
+        return list(texts)
+    mask = model.tokenizer.mask_token
+    if mask is None:
+        raise SourceError("task: the tokenizer has no mask token, so fill-mask does not fit this checkpoint")
+    masked = []
+    for (text,) in texts:
+        words = re.sub(r"\[MASK\]|<mask>", lambda _: mask, text).split(" ")
+        if mask not in text and mask not in words:
+            words[len(words) // 2] = mask
+        masked.append((" ".join(words),))
+    return masked
+
+
+def _check_ids(model: Model, found: Sequence[Case]) -> None:
+    config: Any = model.module.config  # type: ignore[assignment]
+    largest = max(int(case.inputs["input_ids"].max()) for case in found)
+    if largest >= config.vocab_size:
+        raise SourceError(
+            f"the tokenizer gives id {largest}, the model has {config.vocab_size} embeddings: they do not belong together"
+        )
+
+
+def reference(
+    out: Path,
+    snapshot: Snapshot,
+    task: str,
+    texts: Sequence[tuple[str, ...]],
+    batches: Sequence[int],
+    sequences: Sequence[int] | None,
+    options: Mapping[str, bool],
+) -> dict[str, Any]:
+    """Write the samples and the untouched fp32 model's outputs on them, before anything is fused or converted.
+
+    Files: `samples.safetensors`, with `<case>.<input>` int64 `[batch, sequence]`; `reference.safetensors`, with
+    `<case>.<output>` float32 `[rows, width]`, the real rows (see `compiler.numerics.rows`).
+
+    Raises:
+        StageError: an output of the original is not finite, so nothing can be held against it.
+        Also what `load` and `cases` raise.
+    """
+    from safetensors.numpy import save_file
+
+    _set_threads()
+    model = load(snapshot, task, **options)
+    found = cases(model, texts, batches, sequences)
+    described = signature(model)
+    keep = {}
+    for tensor in described.outputs:
+        width = tensor.shape[-1] if isinstance(tensor.shape[-1], int) else 1
+        keep[tensor.name] = max(MIN_ROWS, MAX_REFERENCE_BYTES // (4 * width * len(found)))
+    _answer(out, model, found, described.outputs, keep)
+    samples = {f"{number:03d}.{name}": value for number, case in enumerate(found) for name, value in case.inputs.items()}
+    save_file(samples, str(out / SAMPLES))
+    return {
+        "architecture": type(model.module).__name__,
+        "cases": [
+            {"name": case.name, "shape": list(case.mask.shape), "real_tokens": int(case.mask.sum())} for case in found
+        ],
+        "keep": keep,
+        "left_out": list(model.left_out),
+        "positions": model.positions,
+        "signature": asdict(described),
+        "support": _own_support(model, out) if any(file.path.endswith(".gguf") for file in snapshot.weights) else [],
+    }
+
+
+def reference_again(
+    out: Path, snapshot: Snapshot, task: str, samples: Path, known: Mapping[str, Any], options: Mapping[str, bool]
+) -> None:
+    """Write `reference.safetensors` for samples that an earlier `reference` made and described. Raises as it does."""
+    _set_threads()
+    model = load(snapshot, task, **options)
+    outputs = [Tensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in known["signature"]["outputs"]]
+    _answer(out, model, read_cases(samples, known), outputs, known["keep"])
+
+
+def read_cases(samples: Path, known: Mapping[str, Any]) -> list[Case]:
+    """The samples of a `samples.safetensors`, as `reference` described them."""
+    from safetensors.numpy import load_file
+
+    arrays = load_file(samples)
+    names = [tensor["name"] for tensor in known["signature"]["inputs"]]
+    return [
+        Case(described["name"], {name: arrays[f"{number:03d}.{name}"] for name in names})
+        for number, described in enumerate(known["cases"])
+    ]
+
+
+def _answer(out: Path, model: Model, found: Sequence[Case], outputs: Sequence[Tensor], keep: Mapping[str, int]) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    expected: dict[str, np.ndarray[Any, Any]] = {}
+    for number, case in enumerate(found):
+        answers = run_eager(model, case.inputs)
+        for tensor in outputs:
+            cut = rows(answers[tensor.name], tensor, case.mask, keep[tensor.name])
+            values = np.where(cut.real, cut.values, 0.0).astype(np.float32)
+            if not np.isfinite(values).all():
+                raise StageError(
+                    f"the original itself gives {tensor.name} that is not finite on sample {case.name!r} "
+                    f"{case.mask.shape}; the checkpoint is damaged"
+                )
+            expected[f"{number:03d}.{tensor.name}"] = values
+    save_file(expected, str(out / REFERENCE))
+
+
+def _own_support(model: Model, out: Path) -> list[str]:
+    """A GGUF holds its config and tokenizer inside: write them as files, for a release that loads anywhere."""
+    folder = out / "support"
+    config: Any = model.module.config
+    config.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return sorted(f"support/{path.name}" for path in folder.iterdir())
+
+
+def _set_threads() -> None:
+    import torch
+
+    torch.set_num_threads(THREADS)

@@ -1,0 +1,69 @@
+"""Validate: the shipped file, opened in its runtime, against the original's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compiler.backends import BACKENDS
+from compiler.errors import NumericsError
+from compiler.numerics import Case, Pair, compare, rows
+from compiler.stages.load import read_cases
+from compiler.types import Artifact, Tensor
+from compiler.workers import THREADS
+
+
+def validate(root: Path, artifact: Artifact, samples: Path, reference: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of an artifact over every sample, by output (see `compiler.numerics.compare`).
+
+    Args:
+        root: where the artifact's files are.
+        samples, reference: the files of those names that `compiler.stages.load.reference` wrote.
+        known: what that stage returned.
+
+    Raises:
+        NumericsError: the file does not open, does not run, or its outputs are not the original's.
+    """
+    from safetensors.numpy import load_file
+
+    expected = load_file(reference)
+    tensors = [Tensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in known["signature"]["outputs"]]
+    where = f"validate {artifact.format} {artifact.precision}"
+    try:
+        runner = BACKENDS[artifact.format].open(root, artifact, THREADS)
+    except Exception as error:
+        raise NumericsError(f"{where}: the file does not open in its runtime: {_brief(error)}") from error
+
+    pairs: dict[str, list[Pair]] = {tensor.name: [] for tensor in tensors}
+    for number, case in enumerate(read_cases(samples, known)):
+        shape = "x".join(map(str, case.mask.shape))
+        try:
+            outputs = runner(case.inputs)
+        except Exception as error:
+            raise NumericsError(f"{where}: it does not run on sample {case.name!r} ({shape}): {_brief(error)}") from error
+        for tensor in tensors:
+            if tensor.name not in outputs:
+                raise NumericsError(f"{where}: it has no output {tensor.name}; it has {', '.join(outputs)}")
+            wanted = _shape(tensor, case)
+            if outputs[tensor.name].shape != wanted:
+                raise NumericsError(
+                    f"{where}: output {tensor.name} of sample {case.name!r} ({shape}) is "
+                    f"{list(outputs[tensor.name].shape)}, the original's is {list(wanted)}"
+                )
+            actual = rows(outputs[tensor.name], tensor, case.mask, known["keep"][tensor.name])
+            original = type(actual)(expected[f"{number:03d}.{tensor.name}"].astype("float64"), actual.index, actual.real)
+            pairs[tensor.name].append(Pair(case, original, actual))
+    return {
+        tensor.name: compare(pairs[tensor.name], tensor, logits="logits" in tensor.name) for tensor in tensors
+    }
+
+
+def _shape(tensor: Tensor, case: Case) -> tuple[int, ...]:
+    sizes = dict(zip(("batch", "sequence"), case.mask.shape, strict=True))
+    return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
+
+
+def _brief(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -1,0 +1,181 @@
+"""The stage cache: look, lock, look again, build aside, publish by one rename.
+
+An entry is a folder named by its key, `<stage>/<key>`, with the files a stage made and `entry.json`: their hashes, what
+the stage returned, and the inputs that the key was made from. A hit is re-hashed before use; one that does not match is
+thrown away and made again. Nobody ever sees half an entry: it is built in a scratch folder and renamed, and a scratch
+folder whose maker died is swept by the next build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from compiler.errors import CompileError, StageError
+from compiler.hashing import canonical, digest, hash_folder, sync
+from compiler.types import File
+
+ENTRY = "entry.json"
+SCRATCH = "scratch-"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work and everything that shapes its result, flat, so that two can be compared line by line."""
+
+    model: str
+    stage: str
+    target: str
+    inputs: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        return digest({"stage": self.stage, "inputs": dict(self.inputs)})
+
+    @property
+    def id(self) -> str:
+        return f"{self.stage} {self.target}".strip()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished step: its folder, the files in it, and what the stage returned (JSON)."""
+
+    root: Path
+    key: str
+    files: tuple[File, ...]
+    info: dict[str, Any]
+
+    def digest(self) -> str:
+        return digest([asdict(file) for file in self.files])
+
+
+class Store:
+    """A folder of entries, safe to share between processes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, step: Step) -> Path:
+        return self.root / step.stage / step.key
+
+    def has(self, step: Step) -> bool:
+        """Whether an entry is there; it is not opened."""
+        return (self.path(step) / ENTRY).is_file()
+
+    def look(self, step: Step) -> Entry | None:
+        """The entry, re-hashed; None when there is none. A damaged one is removed."""
+        path = self.path(step)
+        try:
+            stored = json.loads((path / ENTRY).read_text(encoding="utf-8"))
+            files = tuple(File(**file) for file in stored["files"])
+            sound = (
+                stored["digest"] == digest({name: stored[name] for name in ("files", "info", "inputs")})
+                and tuple(file for file in hash_folder(path) if file.path != ENTRY) == files
+            )
+        except FileNotFoundError:
+            if not path.exists():
+                return None
+            sound = False
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            remove(path)
+            return None
+        return Entry(path, step.key, files, stored["info"])
+
+    def get_or_make(
+        self, step: Step, make: Callable[[Path], dict[str, Any]], *, use_cache: bool = True
+    ) -> tuple[Entry, bool]:
+        """The entry of a step, and whether it was in the cache. `make` writes files into the folder it is given and
+        returns what else is to be kept, as JSON.
+
+        Raises:
+            StageError: the cache cannot be written, or its disk is full.
+        """
+        if use_cache and (entry := self.look(step)):
+            return entry, True
+        path = self.path(step)
+        with writing(self.root, "the cache"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                if use_cache and (entry := self.look(step)):
+                    return entry, True
+                with scratch(self.root) as aside:
+                    info = make(aside)
+                    files = hash_folder(aside)
+                    stored = {"files": [asdict(file) for file in files], "info": info, "inputs": dict(step.inputs)}
+                    write_file(aside / ENTRY, canonical({**stored, "digest": digest(stored)}))
+                    remove(path)
+                    os.rename(aside, path)
+        return Entry(path, step.key, files, json.loads(canonical(info))), False
+
+
+@contextlib.contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A folder below `parent` to build in, gone at the end unless it was renamed. Sweeps those of makers that died."""
+    sweep(parent)
+    parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=SCRATCH, suffix=".lock", dir=parent)
+    os.close(descriptor)
+    folder = Path(name.removesuffix(".lock"))
+    # The lock dies with the process that holds it, so a folder whose lock can be had has no maker any more.
+    with FileLock(name):
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            remove(folder)
+            os.unlink(name)
+
+
+def sweep(parent: Path) -> None:
+    """Remove scratch folders whose maker is gone."""
+    for name in parent.glob(f"{SCRATCH}*.lock"):
+        lock = FileLock(name, timeout=0)
+        with contextlib.suppress(Timeout, OSError), lock:
+            # Not yet a folder: its maker stands between making the lock's file and locking it.
+            folder = name.with_suffix("")
+            if folder.exists():
+                remove(folder)
+                os.unlink(name)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, if it is there, so that no one can mistake what is left of it for a whole one."""
+    if path.exists():
+        with contextlib.suppress(OSError):
+            os.unlink(path / ENTRY)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file and have it on the disk."""
+    with open(path, "wb") as stream:
+        stream.write(content)
+        sync(stream)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, what: str) -> Iterator[None]:
+    """Turn the errors of a disk that is full, or of a folder that cannot be written, into one line."""
+    try:
+        yield
+    except CompileError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = "no space is left; make room, or choose another folder"
+        else:
+            reason = f"cannot be written ({error.strerror or error}); choose a folder that can"
+        raise StageError(f"{what}: {folder}: {reason}") from error

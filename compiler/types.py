@@ -1,0 +1,151 @@
+"""The values that flow through a build. All are frozen; none is a bag of context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Precision = Literal["fp32", "bf16"]
+
+#: Named arrays in, named arrays out: an artifact opened in its runtime, or the original model.
+Runner = Callable[[Mapping[str, "np.ndarray[Any, Any]"]], dict[str, "np.ndarray[Any, Any]"]]
+
+
+@dataclass(frozen=True, order=True)
+class File:
+    """A file by its path relative to the folder that holds it (with `/`), its content's sha256 (hex) and size (bytes)."""
+
+    path: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The files of a checkpoint that a build reads, found and hashed; nothing else of the folder is ever opened.
+
+    `weights` are the tensors (safetensors, one GGUF, or a pickle that the user allowed), `support` is what travels with
+    a release: config, tokenizer, sentence-transformers' files, licence. `revision` is a commit sha for a hub's source.
+    """
+
+    uri: str
+    root: Path
+    weights: tuple[File, ...]
+    support: tuple[File, ...]
+    revision: str | None = None
+    licence: str | None = None
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        return tuple(sorted(self.weights + self.support))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output: its name, numpy dtype, and shape with `batch` and `sequence` where it is dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint in memory, untouched: eager, fp32, in eval mode.
+
+    `inputs` are the names of the int64 `[batch, sequence]` tensors that it takes, in the order of its forward.
+    `example` are dummy inputs to trace with. `positions` is the longest sequence, in tokens, None where unbounded.
+    """
+
+    module: torch.nn.Module
+    tokenizer: Any
+    task: str
+    inputs: tuple[str, ...]
+    example: Mapping[str, torch.Tensor]
+    positions: int | None
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """One artifact to make. `opset` is ONNX's operator set, None elsewhere or for the exporter's own choice."""
+
+    format: str
+    precision: Precision
+    opset: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.format} {self.precision}"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Files after export, with what a runtime must be told to run them as they were validated.
+
+    `runtime` are settings of the runtime (`INFERENCE_PRECISION_HINT`, graph level …) that whoever opens it applies.
+    `fusions` counts the fused operators in the file. `key` is the cache key of the step that made it.
+    """
+
+    format: str
+    precision: str
+    files: tuple[File, ...]
+    runtime: Mapping[str, Any]
+    key: str
+    opset: int | None = None
+    fusions: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure against its limit. `worst` says where: the sample, its shape, the output and the index."""
+
+    output: str
+    name: str
+    figure: float
+    limit: float
+    passed: bool
+    worst: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdict on one artifact."""
+
+    format: str
+    precision: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def figure(self, name: str) -> float | None:
+        """The worst figure of that name over the outputs: the largest error, the smallest agreement."""
+        figures = [check.figure for check in self.checks if check.name == name]
+        if not figures:
+            return None
+        return max(figures) if name.startswith("max") else min(figures)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a reader of the progress is told. `state`: a step of a model was `start`ed, `run`, found `cached` or `failed`;
+    the build is `waiting` for another; the release is `current` (there and unchanged) or `released`."""
+
+    model: str
+    step: str
+    state: str
+    seconds: float = 0.0
+    detail: str = ""

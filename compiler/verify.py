@@ -1,0 +1,177 @@
+"""Verify: is a release on disk what its manifest says, and does each artifact still answer as the original did?"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from compiler import workers
+from compiler.config import Limits, ModelSpec, OnnxTargets, Targets
+from compiler.errors import NumericsError, ReleaseError, SourceError
+from compiler.hashing import hash_files, list_files
+from compiler.manifest import MANIFEST, SAMPLES, VALIDATION, Manifest, from_bytes
+from compiler.numerics import judge
+from compiler.sources import resolve
+from compiler.stages.load import REFERENCE, reference_again
+from compiler.stages.validate import validate
+from compiler.store import Step, Store
+from compiler.types import Check, Event, Report, Snapshot
+
+T = TypeVar("T")
+
+
+def read_release(path: Path) -> tuple[Manifest, tuple[Report, ...]]:
+    """A release's manifest, and the verdicts that its validation.json records.
+
+    Raises:
+        ReleaseError: it is no release, or is damaged.
+    """
+    if not path.is_dir():
+        raise ReleaseError(f"{path}: no such release; a release is the folder that holds {MANIFEST}")
+    try:
+        content = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise ReleaseError(f"{path / MANIFEST}: cannot be read ({error.strerror}); a release always has one") from error
+    manifest = from_bytes(content, str(path / MANIFEST))
+    validation = read_validation(path)
+    try:
+        reports = tuple(
+            Report(entry["format"], entry["precision"], tuple(Check(**check) for check in entry["checks"]))
+            for entry in validation["artifacts"]
+        )
+    except (KeyError, TypeError) as error:
+        raise ReleaseError(f"{path / VALIDATION}: not what a build writes; the release is damaged") from error
+    return manifest, reports
+
+
+def read_validation(path: Path) -> dict[str, Any]:
+    """The content of a release's validation.json. Raises ReleaseError when it cannot be read."""
+    try:
+        validation = json.loads((path / VALIDATION).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ReleaseError(f"{path / VALIDATION}: cannot be read; the release is damaged, fetch or build it again") from error
+    if not isinstance(validation, dict):
+        raise ReleaseError(f"{path / VALIDATION}: not what a build writes; the release is damaged")
+    return validation
+
+
+def verify_files(path: Path, manifest: Manifest) -> None:
+    """Hash every file again, and look for what is not in the manifest.
+
+    Raises:
+        ReleaseError: a file is missing, changed or too many, or is a link.
+    """
+    expected = {file.path: file for file in manifest.every_file}
+    present = set(list_files(path)) - {MANIFEST}
+    problems = [f"{name} is missing" for name in sorted(set(expected) - present)]
+    problems += [f"{name} is not in the manifest" for name in sorted(present - set(expected))]
+    regular = []
+    for name in sorted(present & set(expected)):
+        if stat.S_ISREG(os.lstat(path / name).st_mode):
+            regular.append(name)
+        else:
+            problems.append(f"{name} is a link, not a file")
+    try:
+        for file in hash_files(path, regular):
+            if file != expected[file.path]:
+                problems.append(f"{file.path} is changed (sha256 {file.sha256[:12]}…, was {expected[file.path].sha256[:12]}…)")
+    except OSError as error:
+        raise ReleaseError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ReleaseError(
+            f"{path}: {'; '.join(problems[:3])}{more}; do not use this release: remove it and build or fetch it again"
+        )
+
+
+def verify_numerics(
+    path: Path,
+    manifest: Manifest,
+    store: Store,
+    tell: Callable[[Event], None],
+    source: str | None,
+    options: Mapping[str, bool],
+) -> tuple[Report, ...]:
+    """Open every artifact of a release in its runtime again and hold it against the original, under the recorded limits.
+
+    The original's answers come from the cache of the build that made the release or, where that is gone, from the
+    checkpoint, whose files must be the very ones that the manifest names.
+
+    Args:
+        source: where the checkpoint is now, when it is not where the manifest says.
+        options: `trust_remote_code` and `allow_pickle`, when the checkpoint needs them.
+
+    Raises:
+        NumericsError: an artifact does not pass.
+        SourceError: the checkpoint is needed and is not there, or is another.
+    """
+    validation = read_validation(path)
+    model = f"{manifest.name} {manifest.release}"
+
+    def timed(step: str, job: Callable[[], T]) -> T:
+        started = time.monotonic()
+        tell(Event(model, step, "start"))
+        result = job()
+        tell(Event(model, step, "run", time.monotonic() - started))
+        return result
+
+    with tempfile.TemporaryDirectory(prefix="compile-verify-") as name:
+        log = Path(name) / "verify.log"
+        known = validation["known"]
+        made = manifest.steps.get("load")
+        cached = store.look(Step(model, "load", "", made.inputs)) if made else None
+        if cached is not None and source is None:
+            reference = cached.root / REFERENCE
+        else:
+            snapshot = _original(manifest, source, options)
+            arguments = (Path(name), snapshot, manifest.task, path / SAMPLES, known, options)
+            timed("load", lambda: workers.run(reference_again, *arguments, log=log))
+            reference = Path(name) / REFERENCE
+        reports = []
+        for artifact in manifest.artifacts:
+            target = f"{artifact.format} {artifact.precision}"
+            recorded = next(
+                entry
+                for entry in validation["artifacts"]
+                if (entry["format"], entry["precision"]) == (artifact.format, artifact.precision)
+            )
+            limits = Limits(**{check["name"]: check["limit"] for check in recorded["checks"]})
+            inputs = (path, artifact, path / SAMPLES, reference, known)
+            figures = timed(f"validate {target}", lambda inputs=inputs: workers.run(validate, *inputs, log=log))  # type: ignore[misc]
+            reports.append(Report(artifact.format, artifact.precision, judge(figures, limits)))
+    for report in reports:
+        for check in report.checks:
+            if not check.passed:
+                raise NumericsError(
+                    f"{path}: {report.format} {report.precision}: {check.name} is {check.figure:.3g} here, its limit is "
+                    f"{check.limit:g}, at {check.worst}; do not use this artifact on this machine",
+                    tuple(reports),
+                )
+    return tuple(reports)
+
+
+def _original(manifest: Manifest, source: str | None, options: Mapping[str, bool]) -> Snapshot:
+    """The checkpoint that a release was made from, found again and compared file by file."""
+    uri = source or manifest.source.uri
+    pins = {file.path: file.sha256 for file in manifest.source.files}
+    spec = ModelSpec(
+        name=manifest.name,
+        release=manifest.release,
+        source=uri,
+        sha256=pins,
+        allow_pickle=options["allow_pickle"],
+        trust_remote_code=options["trust_remote_code"],
+        targets=Targets(onnx=OnnxTargets(precisions=("fp32",))),
+    )
+    try:
+        return resolve(spec, Path())
+    except SourceError as error:
+        if source is not None:
+            raise
+        raise SourceError(f"{error}; name the checkpoint with --source") from error
