@@ -206,7 +206,9 @@ def parse(text: str, where: str) -> Pipeline:
     try:
         return Pipeline.model_validate(document)
     except ValidationError as error:
-        problems = [_problem(detail, root, where) for detail in error.errors()]
+        # A misspelt key is also a missing one; the spelling is what to mend.
+        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        problems = [_problem(detail, root, where) for detail in details]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(problems[0] + more) from error
 

@@ -18,6 +18,12 @@ LIBRARIES = ("torch", "transformers", "openvino", "numpy")
 PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None, "bf16": "fp32"}
 FUSED = ("Gelu", "MVN", "RMS", "RoPE", "ScaledDotProductAttention")
 SUFFIX: Mapping[str, str] = {"fp32": "", "bf16": "_bf16"}
+# Operators whose output at a place depends on their inputs at that place alone.
+ELEMENTWISE = frozenset(
+    "Abs Add BitwiseAnd BitwiseNot BitwiseOr Ceiling Clamp Convert ConvertLike Divide Equal Exp Floor FloorMod Greater GreaterEqual Less LessEqual Log"
+    " LogicalAnd LogicalNot LogicalOr Maximum Minimum Mod Multiply Negative NotEqual Power Round Select Sign Sqrt"
+    " Subtract".split()
+)
 # Small constants (scales, shapes, norms) stay as they are: they weigh nothing and rounding them costs accuracy.
 SMALLEST_WEIGHT = 4096
 
@@ -41,7 +47,74 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     dynamic = torch.export.Dim.DYNAMIC
     config = OpenVINOConfig(dynamic=True, dynamic_shapes={name: {0: dynamic, 1: dynamic} for name in model.inputs})
     program = OpenVINOExporter().export(model.module, dict(model.example), config).program
+    if model.positions is not None:
+        _tabulate_positions(program, model.positions)
     return _save(program, out, target.precision)
+
+
+def _tabulate_positions(program: openvino.Model, positions: int) -> int:
+    """Replace integers that are computed from a distance in floating point by a table; returns how many there were.
+
+    Models with relative positions (MPNet, DeBERTa, T5) put distances into buckets by a logarithm. Under
+    `INFERENCE_PRECISION_HINT=bf16` the CPU plugin computes that in bf16 too, and tokens land in the wrong bucket. A
+    distance is a whole number of at most `positions`, so its bucket can be looked up. The values are OpenVINO's own, in
+    fp32.
+    """
+    import numpy as np
+    import openvino
+    import openvino.opset14 as ops
+
+    core = openvino.Core()
+    ordered = program.get_ordered_ops()
+    rank = {node.get_friendly_name(): number for number, node in enumerate(ordered)}
+    replaced = 0
+    for sink in ordered:
+        root = _distance(sink, rank)
+        if root is None:
+            continue
+        # The part between the distance and the bucket, cut out of a copy as a model of its own.
+        copy = {node.get_friendly_name(): node for node in program.clone().get_ordered_ops()}
+        old = copy[root.get_node().get_friendly_name()].output(root.get_index())
+        parameter = ops.parameter([-1], root.get_element_type())
+        for port in old.get_target_inputs():
+            port.replace_source_output(parameter.output(0))
+        bucket = copy[sink.get_friendly_name()]
+        part = openvino.Model([ops.result(bucket.output(0))], [parameter])
+        compiled = core.compile_model(part, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        kind = root.get_element_type().to_dtype()
+        table = compiled(np.arange(-positions, positions + 1, dtype=kind))[0]
+        constant = [np.array(number, dtype=kind) for number in (positions, 0, 2 * positions)]
+        index = ops.minimum(ops.maximum(ops.add(root, constant[0]), constant[1]), constant[2])
+        looked_up = ops.gather(ops.constant(np.array(table).reshape(-1)), index, np.array(0, dtype=np.int64))
+        sink.output(0).replace(looked_up.output(0))
+        replaced += 1
+    return replaced
+
+
+def _distance(sink: openvino.Node, rank: Mapping[str, int]) -> openvino.Output | None:
+    """The one integer tensor that a conversion from floating point to integer is an elementwise function of, if any."""
+    if sink.get_type_name() not in ("Convert", "ConvertLike") or not sink.get_output_element_type(0).is_integral():
+        return None
+    source = sink.input_value(0)
+    if not source.get_element_type().is_real():
+        return None
+    frontier = {source}
+    while True:
+        if len(frontier) == 1 and next(iter(frontier)).get_element_type().is_integral_number():
+            return frontier.pop()
+        latest = max(frontier, key=lambda output: rank[output.get_node().get_friendly_name()])
+        node = latest.get_node()
+        if node.get_type_name() not in ELEMENTWISE:
+            return None
+        frontier.remove(latest)
+        inputs = node.input_values()[:1] if node.get_type_name() == "ConvertLike" else node.input_values()
+        for value in inputs:
+            if value.get_node().get_type_name() != "Constant":
+                frontier.add(value)
+            elif value.get_node().get_byte_size() > value.get_element_type().size:
+                return None  # not one number: it would broadcast
+        if not frontier:
+            return None
 
 
 def reduce(out: Path, exported: Path, precision: Precision) -> dict[str, Any]:
