@@ -197,7 +197,7 @@ class Build:
             raise NumericsError(
                 f"{self.plan.spec}: {first.report.format} {first.report.precision}: {check.name} is {check.figure:.3g}, "
                 f"its limit is {check.limit:g}, at {check.worst}{also}; nothing is released, what failed is in "
-                f"{self.folder / 'failed'}",
+                f"{self.folder / 'failed'}; leave that target out, or widen budget: if you accept it",
                 tuple(candidate.report for candidate in made),
             )
 

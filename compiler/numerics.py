@@ -7,8 +7,9 @@ a model computes for padding is nobody's result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,10 +24,16 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """One sample: its name (padding and shape), its inputs, int64 `[batch, sequence]`."""
+    """One sample: its name (what kind of padding), and its inputs, int64 `[batch, sequence]`.
+
+    `counts` says for some outputs which rows of the batch count, bool `[batch]`. Where the original itself answers
+    otherwise once a text is padded (a classifier that reads the first token, which padding on the left makes a padded
+    one), its answer is nobody's result.
+    """
 
     name: str
     inputs: Mapping[str, Array]
+    counts: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def mask(self) -> Array:
@@ -44,25 +51,27 @@ class Rows:
     real: Array
 
 
-def rows(output: Array, tensor: Tensor, mask: Array, keep: int | None = None) -> Rows:
+def rows(output: Array, tensor: Tensor, case: Case, keep: int | None = None) -> Rows:
     """Cut an output into its real rows.
 
     Args:
         output: as the model gave it; its axes are those of `tensor.shape`.
-        mask: bool `[batch, sequence]`, True at real tokens.
+        case: the sample that it answers.
         keep: at most so many rows, spread evenly over the real ones (for the logits of a large vocabulary).
     """
     values = np.asarray(output, dtype=np.float64)
     if tensor.shape == ("batch", "sequence"):
-        return Rows(values, [(row,) for row in range(len(values))], mask)
+        return Rows(values, [(row,) for row in range(len(values))], case.mask)
     if tensor.shape[:2] == ("batch", "sequence"):
-        where = np.argwhere(mask)
+        where = np.argwhere(case.mask)
+    elif tensor.shape[:1] == ("batch",):
+        where = np.argwhere(case.counts.get(tensor.name, np.ones(len(values), dtype=bool)))
     else:
-        where = np.arange(values.shape[0])[:, None] if values.ndim > 1 else np.zeros((1, 0), dtype=int)
+        where = np.zeros((1, 0), dtype=int)
     if keep is not None and len(where) > keep:
         where = where[np.linspace(0, len(where) - 1, keep).round().astype(int)]
     picked = values[tuple(where.T)] if where.shape[1] else values[None]
-    flat = picked.reshape(len(where), -1)
+    flat = picked.reshape(len(where), math.prod(picked.shape[1:]))
     return Rows(flat, [tuple(int(i) for i in position) for position in where], np.ones(flat.shape, dtype=bool))
 
 
@@ -76,15 +85,16 @@ class Pair:
 
 
 def compare(pairs: Sequence[Pair], tensor: Tensor, *, logits: bool) -> dict[str, Any]:
-    """The figures of one output over all cases, as JSON.
+    """The figures of one output over all cases, as JSON. Cases without a row that counts are passed over.
 
     `max_abs`: the largest |actual - reference|, in units of the output's scale, max(1, the largest |reference|).
     `max_rel`: the largest |actual - reference| / max(|reference|, scale / 1000); the floor keeps zeros from deciding it.
     `cosine`: the smallest cosine of a row. Where rows are single numbers, of all of them as one vector.
     `argmax`: for logits, the share of rows whose largest element is at the same place.
-    Each comes with `worst`: the case, its shape and the index where it was found. A value that is not finite gives
-    infinity and -1 as the figures, encoded as `"inf"` where JSON needs a word.
+    Each comes with `worst`: the case, its shape and the index where it was found. A value that is not finite makes every
+    figure the worst possible.
     """
+    pairs = [pair for pair in pairs if len(pair.reference.values)]
     scale = max([1.0, *(float(np.abs(pair.reference.values[pair.reference.real]).max(initial=0)) for pair in pairs)])
     found: dict[str, tuple[float, str]] = {"max_abs": (0.0, ""), "max_rel": (0.0, ""), "cosine": (1.0, "")}
     same = total = 0

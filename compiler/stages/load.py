@@ -32,6 +32,10 @@ MIN_ROWS = 16
 SAMPLES, REFERENCE = "samples.safetensors", "reference.safetensors"
 # The longest sample, without padding, when the model's positions allow more than the configured shapes ask for.
 LONGEST = 512
+# Lines of text that are all run, in batches of so many.
+MAX_LINES, BATCH = 256, 8
+# Two runs of the original that give the same answer are this close, in units of the output's scale.
+SAME = 1e-3
 
 
 def load(snapshot: Snapshot, task: str, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Model:
@@ -265,13 +269,15 @@ def signature(model: Model) -> Signature:
 def cases(
     model: Model, texts: Sequence[tuple[str, ...]], batches: Sequence[int], sequences: Sequence[int] | None
 ) -> list[Case]:
-    """Real text, tokenized, over a matrix of shapes: every batch × sequence without padding, padded right and left; and
-    odd, short and longest shapes.
+    """Real text, tokenized: every batch × sequence of the shapes without padding, padded right and left; odd, short and
+    longest shapes; and every line of the text, as many as `MAX_LINES`, in batches padded to their own longest.
 
     Raises:
         ConfigError: a sequence is longer than the model has positions.
         SourceError: the tokenizer gives ids that the model has no embedding for.
     """
+    import numpy as np
+
     most = model.positions
     if sequences is None:
         sequences = sorted({length if most is None else min(length, most) for length in (16, 128)})
@@ -289,17 +295,44 @@ def cases(
     shapes += [(3, odd, "right padding"), (3, odd, "left padding"), (1, 5, "no padding")]
     shapes += [(1, min(most or LONGEST, max(LONGEST, longest)), "no padding")]
     texts = _with_masks(model, texts)
-    found = []
+    found: list[Case] = []
     for number, (batch, sequence, padding) in enumerate(shapes):
         start = number * batch
         chosen = [texts[(start + row) % len(texts)] for row in range(batch)]
         if padding == "no padding":
             rest = [texts[(start + row) % len(texts)][-1] for row in range(len(texts))]
             chosen = [_lengthened(model, text, rest, sequence) for text in chosen]
-        inputs = tokenize(model, chosen, sequence, "left" if padding.startswith("left") else "right")
-        found.append(Case(padding, inputs))
+        side = "left" if padding.startswith("left") else "right"
+        found.append(Case(padding, tokenize(model, chosen, sequence, side)))
+    # Every line once, as a user would batch them: what is rare in one shape must not escape.
+    for start in range(0, min(len(texts), MAX_LINES), BATCH):
+        chosen = texts[start : start + BATCH]
+        inputs = tokenize(model, chosen, min(most or LONGEST, LONGEST), "right")
+        length = int(inputs["attention_mask"].sum(axis=1).max())
+        found.append(Case("text", {name: np.ascontiguousarray(value[:, :length]) for name, value in inputs.items()}))
     _check_ids(model, found)
-    return found
+    return [_counted(model, case) for case in found]
+
+
+def _counted(model: Model, case: Case) -> Case:
+    """A sample that is padded on the left, with the rows of whole-text outputs (logits of a class, a pooled vector) that
+    count: those where the original answers as it does to the same text padded on the right."""
+    import numpy as np
+
+    if not case.name.startswith("left"):
+        return case
+    lengths = case.mask.sum(axis=1)
+    turned = {
+        name: np.stack([np.roll(row, int(length)) for row, length in zip(value, lengths, strict=True)])
+        for name, value in case.inputs.items()
+    }
+    left, right = run_eager(model, case.inputs), run_eager(model, turned)
+    counts = {}
+    for name, value in left.items():
+        if value.shape[:2] != case.mask.shape and value.shape[:1] == case.mask.shape[:1]:
+            error = np.abs(value - right[name]).reshape(len(value), -1).max(axis=1)
+            counts[name] = error <= SAME * max(1.0, float(np.abs(right[name]).max()))
+    return Case(case.name, case.inputs, counts)
 
 
 def tokenize(
@@ -366,13 +399,15 @@ def reference(
 ) -> dict[str, Any]:
     """Write the samples and the untouched fp32 model's outputs on them, before anything is fused or converted.
 
-    Files: `samples.safetensors`, with `<case>.<input>` int64 `[batch, sequence]`; `reference.safetensors`, with
+    Files: `samples.safetensors`, with `<case>.<input>` int64 `[batch, sequence]` and, where not all rows count,
+    `<case>.counts.<output>` uint8 `[batch]`; `reference.safetensors`, with
     `<case>.<output>` float32 `[rows, width]`, the real rows (see `compiler.numerics.rows`).
 
     Raises:
         StageError: an output of the original is not finite, so nothing can be held against it.
         Also what `load` and `cases` raise.
     """
+    import numpy as np
     from safetensors.numpy import save_file
 
     _set_threads()
@@ -385,6 +420,8 @@ def reference(
         keep[tensor.name] = max(MIN_ROWS, MAX_REFERENCE_BYTES // (4 * width * len(found)))
     _answer(out, model, found, described.outputs, keep)
     samples = {f"{number:03d}.{name}": value for number, case in enumerate(found) for name, value in case.inputs.items()}
+    for number, case in enumerate(found):
+        samples |= {f"{number:03d}.counts.{name}": value.astype(np.uint8) for name, value in case.counts.items()}
     save_file(samples, str(out / SAMPLES))
     return {
         "architecture": type(model.module).__name__,
@@ -415,10 +452,13 @@ def read_cases(samples: Path, known: Mapping[str, Any]) -> list[Case]:
 
     arrays = load_file(samples)
     names = [tensor["name"] for tensor in known["signature"]["inputs"]]
-    return [
-        Case(described["name"], {name: arrays[f"{number:03d}.{name}"] for name in names})
-        for number, described in enumerate(known["cases"])
-    ]
+    found = []
+    for number, described in enumerate(known["cases"]):
+        inputs = {name: arrays[f"{number:03d}.{name}"] for name in names}
+        start = f"{number:03d}.counts."
+        counts = {name.removeprefix(start): value.astype(bool) for name, value in arrays.items() if name.startswith(start)}
+        found.append(Case(described["name"], inputs, counts))
+    return found
 
 
 def _answer(out: Path, model: Model, found: Sequence[Case], outputs: Sequence[Tensor], keep: Mapping[str, int]) -> None:
@@ -429,7 +469,7 @@ def _answer(out: Path, model: Model, found: Sequence[Case], outputs: Sequence[Te
     for number, case in enumerate(found):
         answers = run_eager(model, case.inputs)
         for tensor in outputs:
-            cut = rows(answers[tensor.name], tensor, case.mask, keep[tensor.name])
+            cut = rows(answers[tensor.name], tensor, case, keep[tensor.name])
             values = np.where(cut.real, cut.values, 0.0).astype(np.float32)
             if not np.isfinite(values).all():
                 raise StageError(

@@ -51,7 +51,7 @@ def validate(root: Path, artifact: Artifact, samples: Path, reference: Path, kno
                     f"{where}: output {tensor.name} of sample {case.name!r} ({shape}) is "
                     f"{list(outputs[tensor.name].shape)}, the original's is {list(wanted)}"
                 )
-            actual = rows(outputs[tensor.name], tensor, case.mask, known["keep"][tensor.name])
+            actual = rows(outputs[tensor.name], tensor, case, known["keep"][tensor.name])
             original = type(actual)(expected[f"{number:03d}.{tensor.name}"].astype("float64"), actual.index, actual.real)
             pairs[tensor.name].append(Pair(case, original, actual))
     return {

@@ -1,0 +1,124 @@
+"""A commented pipeline.yaml for a checkpoint, from its files alone. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from compiler.backends import BACKENDS
+from compiler.config import ModelSpec, OnnxTargets, Targets, parse
+from compiler.errors import ConfigError
+from compiler.sources import read_config, resolve
+from compiler.store import write_file, writing
+from compiler.tasks import TASKS, example, infer
+
+TEMPLATE = """\
+# What to compile, and how close it must stay. `compile {file}` builds it; `compile plan {file}` says what would run.
+schema: 1
+output: artifacts                       # releases go to artifacts/<name>/<release>
+models:
+  - name: {name}
+    release: 1.0.0                      # a semantic version; a release never changes
+    source: {source}
+    sha256:                             # the build stops if the checkpoint is another one
+{pins}
+    task: {task:<32}# {tasks}
+{options}    # data:                             # your own text for the numerics gate, JSON lines such as
+    #   validation: {{path: data/validation.jsonl}}   # {example}
+    shapes:                             # what the gate covers, besides odd, short and longest shapes
+      batch: [1, 8]
+      sequence: [{sequence}]
+    targets:                            # formats and precisions: {possible}
+{targets}
+    # budget:                           # limits; these are the defaults
+    #   fp32: {{max_abs: 1.0e-4, cosine: 0.999999}}
+    #   bf16: {{cosine: 0.999, argmax: 0.98}}
+"""
+
+
+def write(
+    checkpoint: str,
+    output: Path,
+    task: str | None,
+    revision: str | None,
+    opset: int | None,
+    trust_remote_code: bool,
+    force: bool,
+) -> dict[str, Any]:
+    """Write a pipeline for a checkpoint and return what was chosen: `name`, `release`, `task`, `source`, `path`.
+
+    Raises:
+        ConfigError: the file exists, the task is unknown, or an option does not fit.
+        SourceError: there is no checkpoint, or its task cannot be inferred.
+    """
+    if output.exists() and not force:
+        raise ConfigError(f"{output}: exists already; give another --output, or --force to write over it")
+    if task is not None and task not in TASKS:
+        raise ConfigError(f"--task {task}: unknown; one of {', '.join(TASKS)}")
+    source = checkpoint if re.match(r"(path|package|hf):", checkpoint) else f"path:{_relative(checkpoint, output.parent)}"
+    if re.search(r"[\s#'\"{}\[\],]", source):
+        source = f'"{source}"'
+    plain = source.strip('"')
+    spec = ModelSpec(
+        name="checkpoint",
+        release="1.0.0",
+        source=plain,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        targets=Targets(onnx=OnnxTargets(precisions=("fp32",), opset=opset)),
+    )
+    snapshot = resolve(spec, output.parent)
+    config = read_config(snapshot)
+    if snapshot.revision is not None:
+        source = plain = snapshot.uri  # a branch moves, a commit does not
+    if task is None:
+        module_files = any(file.path == "modules.json" for file in snapshot.support)
+        task = infer(config, module_files) if config else "feature-extraction"
+    positions = config.get("max_position_embeddings")
+    limit = positions if isinstance(positions, int) and positions > 4 else 128
+    chosen = {
+        "name": _name(plain),
+        "release": "1.0.0",
+        "task": task,
+        "source": plain,
+        "path": str(output),
+    }
+    text = TEMPLATE.format(
+        file=output.name,
+        name=chosen["name"],
+        source=source,
+        pins="\n".join(f"      {file.path}: {file.sha256}" for file in snapshot.weights),
+        task=task,
+        tasks=", ".join(TASKS),
+        options="    trust_remote_code: true             # runs the Python code in the checkpoint\n" if trust_remote_code else "",
+        example=example(task),
+        sequence=", ".join(str(length) for length in sorted({min(16, limit - 2), min(128, limit - 2)})),
+        possible="; ".join(f"{name} {', '.join(backend.PRECISIONS)}" for name, backend in BACKENDS.items()),
+        targets="\n".join(_target(name, opset) for name in BACKENDS),
+    )
+    parse(text, str(output))  # what is written must be what `build` reads
+    with writing(output, "the pipeline"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_file(output, text.encode())
+    return chosen
+
+
+def _relative(checkpoint: str, folder: Path) -> str:
+    return Path(os.path.relpath(checkpoint, folder)).as_posix()
+
+
+def _name(source: str) -> str:
+    """A release's name from a source: the checkpoint's folder, or what holds it when that is just `model`."""
+    parts = [part for part in re.split(r"[:/]", source.partition("@")[0])[1:] if part not in ("", ".", "..", "model")]
+    last = parts[-1] if parts else "model"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".gguf")).strip("-._")
+    return name or "model"
+
+
+def _target(name: str, opset: int | None) -> str:
+    precisions = ", ".join(BACKENDS[name].PRECISIONS)
+    if name == "onnx" and opset is not None:
+        return f"      {name}: {{precisions: [{precisions}], opset: {opset}}}"
+    return f"      {name}: [{precisions}]"
