@@ -195,7 +195,7 @@ class Build:
             others = [f"{other.report.format} {other.report.precision}" for other in failed[1:]]
             also = f"; {', '.join(others)} failed too" if others else ""
             raise NumericsError(
-                f"{self.plan.spec}: {first.report.format} {first.report.precision}: {check.name} is {check.figure:.3g}, "
+                f"{self.plan.spec}: {first.report.format} {first.report.precision}: {check.name} is {check.figure:.6g}, "
                 f"its limit is {check.limit:g}, at {check.worst}{also}; nothing is released, what failed is in "
                 f"{self.folder / 'failed'}; leave that target out, or widen budget: if you accept it",
                 tuple(candidate.report for candidate in made),

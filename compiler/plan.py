@@ -217,6 +217,6 @@ def why(step: Step, previous: Mapping[str, str] | None, store: Store) -> str | N
         return "its result is no longer in the cache"
     # A step that follows another names what changed there, not the other's key.
     plain = [text for text in changed if not text.startswith("step ")]
-    changed = plain or [f"{text.split(' ')[1]} {text.split(' ')[2]} changed".strip() for text in changed]
+    changed = plain or [f"{text.rsplit(' ', 3)[0].removeprefix('step ')} changed" for text in changed]
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return ", ".join(changed[:3]) + more

@@ -27,6 +27,8 @@ from compiler.types import File
 
 ENTRY = "entry.json"
 SCRATCH = "scratch-"
+# A disk with less than this left is full: no artifact fits.
+FULL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,23 @@ class Store:
                 if use_cache and (entry := self.look(step)):
                     return entry, True
                 with scratch(self.root) as aside:
-                    info = make(aside)
+                    info = self._made(make, aside)
                     files = hash_folder(aside)
                     stored = {"files": [asdict(file) for file in files], "info": info, "inputs": dict(step.inputs)}
                     write_file(aside / ENTRY, canonical({**stored, "digest": digest(stored)}))
                     remove(path)
                     os.rename(aside, path)
         return Entry(path, step.key, files, json.loads(canonical(info))), False
+
+
+    def _made(self, make: Callable[[Path], dict[str, Any]], aside: Path) -> dict[str, Any]:
+        """What `make` returns. Native writers do not say that a disk is full: they abort, or fail in their own words."""
+        try:
+            return make(aside)
+        except StageError:
+            if shutil.disk_usage(aside).free < FULL_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+            raise
 
 
 @contextlib.contextmanager

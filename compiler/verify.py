@@ -149,7 +149,7 @@ def verify_numerics(
         for check in report.checks:
             if not check.passed:
                 raise NumericsError(
-                    f"{path}: {report.format} {report.precision}: {check.name} is {check.figure:.3g} here, its limit is "
+                    f"{path}: {report.format} {report.precision}: {check.name} is {check.figure:.6g} here, its limit is "
                     f"{check.limit:g}, at {check.worst}; do not use this artifact on this machine",
                     tuple(reports),
                 )

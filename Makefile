@@ -1,0 +1,34 @@
+# `make compile` builds the demo, `make test` runs the tests; both first make .venv with the pinned versions.
+# Needs Python 3.11 or later and make. Another interpreter: make PYTHON=python3.12 compile
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: compile test test-all lint format clean
+
+compile: .venv/ready
+	$(BIN)/compile pipeline.yaml
+
+test: .venv/ready
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv artifacts/*/

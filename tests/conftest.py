@@ -1,0 +1,78 @@
+"""Fixtures that several tests share. Checkpoints are tiny, random and seeded; the command runs as users run it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.zoo import save_checkpoint
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT encoder with its tokenizer. Read only: copy it before you change it."""
+    return save_checkpoint(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage cache for tests that do not look at the cache."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def command(tmp_path: Path, shared_cache: Path) -> Command:
+    """Run `compile ARGUMENTS` in `tmp_path` and return what it printed and its exit code.
+
+    `cache` is the stage cache; `environment` adds variables.
+    """
+
+    def run(
+        *arguments: object, cache: Path = shared_cache, environment: dict[str, str] | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "compiler", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "COMPILE_CACHE_DIR": str(cache), **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+
+    return run
+
+
+def write_pipeline(folder: Path, source: Path | str, /, **changes: Any) -> Path:
+    """Write a pipeline.yaml for one small model; `changes` replace or add keys of the model, None removes one."""
+    model: dict[str, Any] = {
+        "name": "tiny",
+        "release": "1.0.0",
+        "source": source if isinstance(source, str) else f"path:{source}",
+        "shapes": {"batch": [1, 3], "sequence": [16, 33]},
+        "targets": {"torchscript": ["fp32"]},
+    }
+    model |= changes
+    document = {"schema": 1, "output": "artifacts", "models": [{k: v for k, v in model.items() if v is not None}]}
+    path = folder / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+def error_line(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line that an expected failure prints. Fails when there is another exit code, a traceback or more lines."""
+    assert result.returncode == 1, (result.returncode, result.stdout, result.stderr)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return errors[0]

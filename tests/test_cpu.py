@@ -1,0 +1,62 @@
+"""Which features `compiler.cpu` reads out of a kernel's cpuinfo, on x86 and on ARM, and where there is none."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import pytest
+
+from compiler.cpu import features
+
+X86 = """processor\t: 0
+vendor_id\t: GenuineIntel
+model name\t: Some CPU with avx512_fp16 in its name
+flags\t\t: fpu sse2 fma avx2 amx_bf16 avx512f avx512_bf16 avx2x
+bugs\t\t: amx_int8
+
+processor\t: 1
+flags\t\t: fpu sse2 fma avx2 amx_bf16 avx512f avx512_bf16
+"""
+ARM = "processor\t: 0\nFeatures\t: fp asimd evtstrm i8mm bf16 sve\nCPU implementer\t: 0x41\n"
+
+
+@pytest.mark.parametrize(
+    ("machine", "content", "expected"),
+    [
+        ("x86_64", X86, "x86_64 avx2 fma avx512f avx512_bf16 amx_bf16"),
+        ("AMD64", X86, "AMD64 avx2 fma avx512f avx512_bf16 amx_bf16"),
+        ("aarch64", ARM, "aarch64 asimd bf16 i8mm sve"),
+        ("aarch64", X86, "aarch64"),
+        ("x86_64", "", "x86_64"),
+        ("x86_64", "flags\t:", "x86_64"),
+        ("x86_64", "no colon here\nflags : avx2", "x86_64 avx2"),
+    ],
+)
+def test_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, machine: str, content: str, expected: str) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    (tmp_path / "cpuinfo").write_text(content)
+    assert features(tmp_path / "cpuinfo") == expected
+
+
+def test_without_a_cpuinfo_the_architecture_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert features(tmp_path / "missing") == "arm64"
+
+
+def test_bytes_that_are_no_text_are_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    (tmp_path / "cpuinfo").write_bytes(b"model name\t: \xff\xfe\nflags\t: avx2 \xff fma\n")
+    assert features(tmp_path / "cpuinfo") == "x86_64 avx2 fma"
+
+
+def test_the_order_does_not_follow_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache key is made of it."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    (tmp_path / "one").write_text("flags : fma avx2")
+    (tmp_path / "two").write_text("flags : avx2 fma")
+    assert features(tmp_path / "one") == features(tmp_path / "two")
+
+
+def test_here() -> None:
+    assert features().split()[0] == platform.machine()
