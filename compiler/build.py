@@ -20,11 +20,11 @@ from filelock import FileLock, Timeout
 import compiler
 from compiler import cpu, workers
 from compiler.backends import BACKENDS
+from compiler.config import ModelSpec
 from compiler.errors import CompileError, NumericsError, ReleaseError
 from compiler.hashing import canonical
 from compiler.manifest import MANIFEST, Made, Manifest, Source, differences, from_bytes
 from compiler.numerics import judge
-from compiler.config import ModelSpec
 from compiler.plan import LOAD_LIBRARIES, Plan, make_plan, version, why
 from compiler.sources import resolve
 from compiler.stages.export import export
@@ -153,9 +153,7 @@ class Build:
         )
         arguments = (exported.root, artifact, loaded.root / SAMPLES, loaded.root / REFERENCE, loaded.info)
         try:
-            measured = self._make(
-                self.plan.validates[target], lambda out: {"outputs": self._run(validate, *arguments)}
-            )
+            measured = self._make(self.plan.validates[target], lambda out: {"outputs": self._run(validate, *arguments)})
         except NumericsError as error:
             self._keep(artifact, exported, {"error": str(error)})
             raise

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
-from click_default_group import DefaultGroup
+from click_default_group import DefaultGroup  # type: ignore[import-untyped]
 
 import compiler
 from compiler.errors import CompileError, NumericsError
@@ -32,7 +32,9 @@ cache_option = click.option(
 )
 
 
-@click.group(cls=DefaultGroup, default="build", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=cast("type[click.Group]", DefaultGroup), default="build", context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(compiler.__version__, prog_name="compile")
 def cli() -> None:
     """Compile checkpoints into validated, versioned CPU releases: TorchScript, ONNX, OpenVINO.
@@ -199,6 +201,7 @@ def verify(
 @click.option("--revision", help="A hub's commit, tag or branch.")
 @click.option("--opset", type=int, help="ONNX operator set.")
 @click.option("--trust-remote-code", is_flag=True, help="The checkpoint carries Python code and you have read it.")
+@click.option("--allow-pickle", is_flag=True, help="Open the checkpoint's pickle, if its weights are one.")
 @click.option("--force", is_flag=True, help="Write over a file that is there.")
 @json_option
 def init(
@@ -208,13 +211,14 @@ def init(
     revision: str | None,
     opset: int | None,
     trust_remote_code: bool,
+    allow_pickle: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Write a commented pipeline.yaml for CHECKPOINT: a folder, a GGUF file, package:… or hf:ORG/NAME."""
     from compiler.init import write
 
-    written = write(checkpoint, output, task, revision, opset, trust_remote_code, force)
+    written = write(checkpoint, output, task, revision, opset, trust_remote_code, allow_pickle, force)
     if as_json:
         _print_json(written)
         return
@@ -286,7 +290,9 @@ HEADINGS = ("artifact", "format", "precision", "size", "max error", "min cosine"
 
 def _lines(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in (HEADINGS, *rows)) for column in range(len(HEADINGS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (HEADINGS, *rows))
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (HEADINGS, *rows)
+    )
 
 
 def _table(manifest: Manifest, reports: Sequence[Report], path: Path) -> None:
@@ -343,4 +349,3 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         click.echo("this is a bug in compile: please report it with the lines above", err=True)
         code = 3
     sys.exit(code)
-

@@ -17,16 +17,19 @@ from compiler.tasks import TaskName
 from compiler.types import Precision, Target
 
 # The official expression of semver.org 2.0.0, without build metadata: a `+` has no place in a folder that is a version.
-SEMVER = r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
+_PART = "(0|[1-9][0-9]*|[0-9]*[a-zA-Z-][0-9a-zA-Z-]*)"
+SEMVER = rf"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)(-{_PART}(\.{_PART})*)?"
+REVISION = r"[A-Za-z0-9][A-Za-z0-9._/-]*"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 # A YAML file of pipelines has tens of nodes a model; a file of aliases can claim billions.
 MAX_NODES = 100_000
+MAX_DEPTH = 50
 # The oldest operator set with LayerNormalization (17) and the newest that torch's exporter writes.
 MIN_OPSET, MAX_OPSET = 18, 23
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Data(Strict):
@@ -53,7 +56,9 @@ class Shapes(Strict):
 class Limits(Strict):
     """The largest allowed departure from the fp32 original. A limit that is left out keeps its strict default."""
 
-    max_abs: float | None = Field(None, gt=0, description="Times the output's own scale: max(1, its largest magnitude).")
+    max_abs: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Times the output's own scale: max(1, its largest magnitude)."
+    )
     cosine: float | None = Field(None, ge=-1, le=1, description="Smallest cosine of a row: a token's or a text's vector.")
     argmax: float | None = Field(None, ge=0, le=1, description="Share of rows of logits whose argmax is unchanged.")
 
@@ -80,12 +85,17 @@ class Budget(Strict):
         return own.over(DEFAULT_LIMITS[precision])
 
 
+Precisions = Annotated[tuple[Precision, ...], Field(min_length=1)]
+
+
 class FormatTargets(Strict):
-    precisions: tuple[Precision, ...] = Field(min_length=1)
+    precisions: Precisions
 
 
 class OnnxTargets(FormatTargets):
-    opset: int | None = Field(None, ge=MIN_OPSET, le=MAX_OPSET, description="ONNX operator set; the exporter's own when left out.")
+    opset: int | None = Field(
+        None, ge=MIN_OPSET, le=MAX_OPSET, description="ONNX operator set; the exporter's own when left out."
+    )
 
 
 def _short_form(value: Any) -> Any:
@@ -94,9 +104,9 @@ def _short_form(value: Any) -> Any:
 
 
 class Targets(Strict):
-    torchscript: Annotated[FormatTargets, BeforeValidator(_short_form)] | None = None
-    onnx: Annotated[OnnxTargets, BeforeValidator(_short_form)] | None = None
-    openvino: Annotated[FormatTargets, BeforeValidator(_short_form)] | None = None
+    torchscript: Annotated[FormatTargets, BeforeValidator(_short_form, FormatTargets | Precisions)] | None = None
+    onnx: Annotated[OnnxTargets, BeforeValidator(_short_form, OnnxTargets | Precisions)] | None = None
+    openvino: Annotated[FormatTargets, BeforeValidator(_short_form, FormatTargets | Precisions)] | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -127,9 +137,12 @@ class ModelSpec(Strict):
     name: str = Field(pattern=f"^{NAME}$", max_length=128, description="The release's folder: letters, digits, . _ -")
     release: str = Field(pattern=f"^{SEMVER}$", max_length=64, description="A semantic version; never overwritten.")
     source: str = Field(
-        pattern=r"^(path|package|hf):.+", description="path:FOLDER, package:PACKAGE/FOLDER or hf:ORG/NAME@REVISION."
+        pattern=r"^(path|package|hf):[^\x00-\x1f\x7f]+$",
+        description="path:FOLDER, package:PACKAGE/FOLDER or hf:ORG/NAME@REVISION.",
     )
-    revision: str | None = Field(None, description="The hub's commit, tag or branch, when source does not carry it.")
+    revision: str | None = Field(
+        None, pattern=f"^{REVISION}$", description="The hub's commit, tag or branch, when source does not carry it."
+    )
     sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(
         default_factory=dict, description="Pins: file of the checkpoint → its sha256."
     )
@@ -207,7 +220,11 @@ def parse(text: str, where: str) -> Pipeline:
         return Pipeline.model_validate(document)
     except ValidationError as error:
         # A misspelt key is also a missing one; the spelling is what to mend.
-        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        found = error.errors()
+        # A list of which an item is wrong is reported as too short too.
+        inner = {detail["loc"][:depth] for detail in found for depth in range(len(detail["loc"]))}
+        found = [detail for detail in found if detail["type"] != "too_short" or detail["loc"] not in inner]
+        details = sorted(found, key=lambda detail: detail["type"] != "extra_forbidden")
         problems = [_problem(detail, root, where) for detail in details]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(problems[0] + more) from error
@@ -221,6 +238,8 @@ def _load_yaml(text: str, where: str) -> tuple[Any, yaml.Node | None]:
         if root is None:
             raise ConfigError(f"{where}: empty; `compile init CHECKPOINT` writes a pipeline")
         for count, (node, ancestors) in enumerate(_walk(root, ())):
+            if len(ancestors) > MAX_DEPTH:
+                raise ConfigError(f"{where}:{node.start_mark.line + 1}: nests too deeply; a pipeline has six levels")
             if id(node) in ancestors or count > MAX_NODES:
                 raise ConfigError(f"{where}:{node.start_mark.line + 1}: aliases nest too deeply; write the values out")
             _check_keys(node, where)
@@ -230,14 +249,14 @@ def _load_yaml(text: str, where: str) -> tuple[Any, yaml.Node | None]:
         line = f":{mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).split())
         raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from error
-    except (ValueError, TypeError, OverflowError, RecursionError, AttributeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError, AttributeError, LookupError) as error:
         # PyYAML's own scalar constructors raise these on, for instance, the date 2026-99-99.
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _walk(node: yaml.Node, ancestors: tuple[int, ...]) -> Iterator[tuple[yaml.Node, tuple[int, ...]]]:
     yield node, ancestors
-    if len(ancestors) > 50:
+    if len(ancestors) > MAX_DEPTH or id(node) in ancestors:
         return
     inner = (*ancestors, id(node))
     if isinstance(node, yaml.MappingNode):
@@ -264,7 +283,7 @@ def _check_keys(node: yaml.Node, where: str) -> None:
 
 def _problem(detail: Any, root: yaml.Node | None, where: str) -> str:
     """One of pydantic's errors as `file:line: key: what, and what to do`."""
-    location = [part for part in detail["loc"] if not str(part).startswith("function-")]
+    location = list(detail["loc"])
     line = _find(root, location)
     path = ".".join(str(part) for part in location) or "pipeline"
     kind, message = detail["type"], detail["msg"]
@@ -276,7 +295,7 @@ def _problem(detail: Any, root: yaml.Node | None, where: str) -> str:
     elif kind == "missing":
         message = "this key is missing; add it"
     elif kind == "string_pattern_mismatch":
-        message = f"{detail['input']!r} is not valid here: {_PATTERNS.get(str(location[-1]), message)}"
+        message = f"{detail['input']!r} is not valid here: {_pattern(location) or message}"
     elif kind == "literal_error":
         expected = [word.strip("' ") for word in re.split(r",| or ", detail["ctx"]["expected"])]
         close = difflib.get_close_matches(str(detail["input"]), expected, n=1, cutoff=0.5)
@@ -284,6 +303,12 @@ def _problem(detail: Any, root: yaml.Node | None, where: str) -> str:
         message = f"unknown value {detail['input']!r}; {hint}"
     elif kind == "string_type":
         message = f"expected a text, found {_shown(detail['input'])}; put it in quotes"
+    elif kind == "tuple_type":
+        message = f"expected a list such as [a, b], found {_shown(detail['input'])}"
+    elif kind in ("model_type", "dict_type"):
+        valid = _valid_keys(location)
+        form = "a list such as [fp32]" if "precisions" in valid else f"keys such as {valid[0]}:"
+        message = f"expected {form}, found {_shown(detail['input'])}"
     elif kind == "value_error":
         message = message.removeprefix("Value error, ")
     else:
@@ -296,6 +321,12 @@ _PATTERNS = {
     "release": "a release is a semantic version such as 1.0.0",
     "source": "a source is path:FOLDER, package:PACKAGE/FOLDER or hf:ORG/NAME@REVISION",
 }
+
+
+def _pattern(location: list[Any]) -> str | None:
+    if "sha256" in location:
+        return "a sha256 is 64 digits of 0-9 and a-f"
+    return _PATTERNS.get(str(location[-1]))
 
 
 def _shown(value: Any) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from compiler.backends import BACKENDS
 from compiler.config import ModelSpec, OnnxTargets, Targets, parse
-from compiler.errors import ConfigError
+from compiler.errors import ConfigError, SourceError
 from compiler.sources import read_config, resolve
 from compiler.store import write_file, writing
 from compiler.tasks import TASKS, example, infer
@@ -45,6 +48,7 @@ def write(
     revision: str | None,
     opset: int | None,
     trust_remote_code: bool,
+    allow_pickle: bool,
     force: bool,
 ) -> dict[str, Any]:
     """Write a pipeline for a checkpoint and return what was chosen: `name`, `release`, `task`, `source`, `path`.
@@ -57,27 +61,43 @@ def write(
         raise ConfigError(f"{output}: exists already; give another --output, or --force to write over it")
     if task is not None and task not in TASKS:
         raise ConfigError(f"--task {task}: unknown; one of {', '.join(TASKS)}")
+    if not checkpoint:
+        raise ConfigError("CHECKPOINT is empty; give a folder, a GGUF file, package:... or hf:ORG/NAME")
     source = checkpoint if re.match(r"(path|package|hf):", checkpoint) else f"path:{_relative(checkpoint, output.parent)}"
-    if re.search(r"[\s#'\"{}\[\],]", source):
-        source = f'"{source}"'
-    plain = source.strip('"')
-    spec = ModelSpec(
-        name="checkpoint",
-        release="1.0.0",
-        source=plain,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        targets=Targets(onnx=OnnxTargets(precisions=("fp32",), opset=opset)),
-    )
-    snapshot = resolve(spec, output.parent)
+    plain = source
+    source = _quoted(source)
+    # The output's folder may not be there yet, so look from here.
+    here = plain if plain == checkpoint else f"path:{Path(checkpoint).absolute()}"
+    try:
+        spec = ModelSpec(
+            name="checkpoint",
+            release="1.0.0",
+            source=here,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            targets=Targets(onnx=OnnxTargets(precisions=("fp32",), opset=opset)),
+        )
+    except ValidationError as error:
+        detail = error.errors()[0]
+        option = detail["loc"][-1] if detail["loc"] else "source"
+        raise ConfigError(f"{option}: {detail['msg'].removeprefix('Value error, ')}") from error
+    try:
+        snapshot = resolve(spec, _real(output.parent))
+    except SourceError as error:
+        raise SourceError(str(error).replace("set allow_pickle: true", "give --allow-pickle")) from error
     config = read_config(snapshot)
     if snapshot.revision is not None:
         source = plain = snapshot.uri  # a branch moves, a commit does not
     if task is None:
         module_files = any(file.path == "modules.json" for file in snapshot.support)
-        task = infer(config, module_files) if config else "feature-extraction"
+        has_config = any(file.path == "config.json" for file in snapshot.support)
+        try:
+            task = infer(config, module_files) if has_config else "feature-extraction"
+        except SourceError as error:
+            raise SourceError(str(error).replace("set task: to", "give --task,")) from error
     positions = config.get("max_position_embeddings")
-    limit = positions if isinstance(positions, int) and positions > 4 else 128
+    limit = positions if isinstance(positions, int) and positions > 5 else 128
     chosen = {
         "name": _name(plain),
         "release": "1.0.0",
@@ -89,10 +109,11 @@ def write(
         file=output.name,
         name=chosen["name"],
         source=source,
-        pins="\n".join(f"      {file.path}: {file.sha256}" for file in snapshot.weights),
+        pins="\n".join(f"      {_quoted(file.path)}: {file.sha256}" for file in snapshot.weights),
         task=task,
         tasks=", ".join(TASKS),
-        options="    trust_remote_code: true             # runs the Python code in the checkpoint\n" if trust_remote_code else "",
+        options=(trust_remote_code * "    trust_remote_code: true             # runs the Python code in the checkpoint\n")
+        + (allow_pickle * "    allow_pickle: true                  # opens pytorch_model.bin, weights only\n"),
         example=example(task),
         sequence=", ".join(str(length) for length in sorted({min(16, limit - 2), min(128, limit - 2)})),
         possible="; ".join(f"{name} {', '.join(backend.PRECISIONS)}" for name, backend in BACKENDS.items()),
@@ -106,7 +127,16 @@ def write(
 
 
 def _relative(checkpoint: str, folder: Path) -> str:
-    return Path(os.path.relpath(checkpoint, folder)).as_posix()
+    return Path(os.path.relpath(Path(checkpoint).absolute(), _real(folder))).as_posix()
+
+
+def _real(folder: Path) -> Path:
+    return Path(os.path.realpath(folder))
+
+
+def _quoted(text: str) -> str:
+    """As YAML reads it back: JSON's quotes, where a plain word would mean something else."""
+    return text if re.fullmatch(r"[A-Za-z0-9_./@+=:-]*[A-Za-z0-9_/]", text) and not text.startswith("-") else json.dumps(text)
 
 
 def _name(source: str) -> str:
@@ -114,7 +144,7 @@ def _name(source: str) -> str:
     parts = [part for part in re.split(r"[:/]", source.partition("@")[0])[1:] if part not in ("", ".", "..", "model")]
     last = parts[-1] if parts else "model"
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".gguf")).strip("-._")
-    return name or "model"
+    return name[:128].rstrip("-._") or "model"
 
 
 def _target(name: str, opset: int | None) -> str:

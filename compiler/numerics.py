@@ -105,11 +105,8 @@ def compare(pairs: Sequence[Pair], tensor: Tensor, *, logits: bool) -> dict[str,
         if not np.isfinite(actual[real]).all():
             row, column = np.argwhere(~np.isfinite(actual) & real)[0]
             where = _where(pair, tensor, int(row), int(column))
-            return {
-                "scale": scale,
-                "figures": {name: bad for name, bad in _worst_possible(logits).items()},
-                "worst": {name: f"{where}: {actual[row, column]}" for name in _worst_possible(logits)},
-            }
+            bad = _worst_possible(logits)
+            return {"scale": scale, "figures": bad, "worst": dict.fromkeys(bad, f"{where}: {actual[row, column]}")}
         error = np.where(real, np.abs(actual - reference), 0.0)
         relative = error / np.maximum(np.abs(reference), scale / 1000)
         for name, values in (("max_abs", error / scale), ("max_rel", relative)):
@@ -158,7 +155,7 @@ def cosine(a: Array, b: Array) -> Array:
 def _where(pair: Pair, tensor: Tensor, row: int, column: int | None = None) -> str:
     batch, sequence = pair.case.mask.shape
     index = list(pair.reference.index[row])
-    if column is not None and not (len(index) == len(tensor.shape)):
+    if column is not None and len(index) != len(tensor.shape):
         index.append(column)
     return f"sample {pair.case.name!r} ({batch}x{sequence}), output {tensor.name}{index}"
 

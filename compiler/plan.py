@@ -19,7 +19,7 @@ from compiler.manifest import differences
 from compiler.sources import read_config
 from compiler.store import Step, Store
 from compiler.tasks import infer, parse_line
-from compiler.types import Precision, Snapshot, Target
+from compiler.types import Snapshot, Target
 from compiler.workers import THREADS
 
 PACKAGE = Path(__file__).parent
@@ -78,14 +78,12 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
     config = read_config(snapshot)
     if spec.task is not None:
         task: str = spec.task
-    elif config:
+    elif any(file.path == "config.json" for file in snapshot.support):
         task = infer(config, any(file.path == "modules.json" for file in snapshot.support))
     else:
         task = "feature-extraction"  # a GGUF does not say what its head is for
     texts = read_texts(spec, task, folder)
-    checkpoint = {
-        f"source {file.path}": file.sha256 for file in snapshot.files if not file.path.endswith(DOCUMENTS)
-    }
+    checkpoint = {f"source {file.path}": file.sha256 for file in snapshot.files if not file.path.endswith(DOCUMENTS)}
     common = {"task": task, "trust_remote_code": str(spec.trust_remote_code), **checkpoint}
 
     def step(stage: str, target: str, inputs: Mapping[str, str], libraries: Sequence[str], code: Sequence[str]) -> Step:
@@ -176,9 +174,7 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
     except UnicodeDecodeError as error:
         raise ConfigError(f"data.validation: {path}: not UTF-8 text") from error
     lines = tuple(
-        parse_line(line, task, f"{path}:{number}")
-        for number, line in enumerate(content.splitlines(), start=1)
-        if line.strip()
+        parse_line(line, task, f"{path}:{number}") for number, line in enumerate(content.split("\n"), start=1) if line.strip()
     )
     if not lines:
         raise ConfigError(f"data.validation: {path}: holds no line; give one JSON object a line")

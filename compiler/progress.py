@@ -11,7 +11,14 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 
 from compiler.types import Event
 
-SHOWN = {"run": "done", "cached": "cached", "current": "unchanged", "released": "released", "failed": "FAILED", "waiting": "waiting"}
+SHOWN = {
+    "run": "done",
+    "cached": "cached",
+    "current": "unchanged",
+    "released": "released",
+    "failed": "FAILED",
+    "waiting": "waiting",
+}
 STYLE = {"failed": "bold red", "released": "green", "run": "green", "waiting": "yellow"}
 
 
@@ -48,7 +55,9 @@ class Display:
             if key in self._tasks:
                 self._live.remove_task(self._tasks.pop(key))
             self._show_log(event)
-            text = f"{event.model}  {event.step or 'release':<26} {SHOWN[event.state]:<9} {event.seconds:6.1f} s  {event.detail}"
+            text = (
+                f"{event.model}  {event.step or 'release':<26} {SHOWN[event.state]:<9} {event.seconds:6.1f} s  {event.detail}"
+            )
             self.console.print(text.rstrip(), style=STYLE.get(event.state, ""), markup=False)
 
     def _show_log(self, event: Event) -> None:

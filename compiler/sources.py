@@ -7,6 +7,7 @@ sight, so it can neither change a result nor travel with a release.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -52,13 +53,13 @@ def resolve(spec: ModelSpec, folder: Path) -> Snapshot:
         root = folder / rest
         if Path(rest).is_absolute():
             uri = f"path:{root.name}"  # a release must not tell where on a machine it was made
-        if not root.exists():
+        if not os.path.exists(root):
             raise SourceError(f"{spec.source}: no such file or folder: {root}")
 
     only = None
-    if root.is_file():
+    if not root.is_dir():
         root, only = root.parent, root.name
-        if not only.endswith(".gguf"):
+        if not only.endswith(".gguf") or not (root / only).is_file():
             raise SourceError(f"{spec.source}: a source is a checkpoint's folder, or one GGUF file")
     names = [only] if only else _list_folder(root)
     weights, support = _select(names, lambda name: _read_json(_inside(root, name), name), spec)
@@ -79,9 +80,7 @@ def resolve(spec: ModelSpec, folder: Path) -> Snapshot:
     )
 
 
-def _select(
-    names: Collection[str], read_json: Callable[[str], Any], spec: ModelSpec
-) -> tuple[list[str], list[str]]:
+def _select(names: Collection[str], read_json: Callable[[str], Any], spec: ModelSpec) -> tuple[list[str], list[str]]:
     """The weights and the support files among the names of a checkpoint. Pure but for `read_json`."""
     where = spec.source
     present = set(names)
@@ -137,7 +136,7 @@ def _shards(index: Any, name: str, present: Collection[str]) -> list[str]:
         if PurePosixPath(shard).name != shard or shard in ("", ".", "..") or "\\" in shard:
             raise SourceError(f"{name}: shard {shard!r} leads out of the checkpoint's folder; shards are plain names")
         if shard not in present:
-            raise SourceError(f"{name}: shard {shard} is missing; fetch the checkpoint again")
+            raise SourceError(f"{name}: shard {shard!r} is missing; fetch the checkpoint again")
         if name == SAFETENSORS_INDEX and not shard.endswith(".safetensors"):
             raise SourceError(f"{name}: shard {shard!r} is not a safetensors file")
     return shards
@@ -152,7 +151,8 @@ def _module_files(modules: Any, present: Collection[str], spec: ModelSpec) -> li
             continue
         if not isinstance(folder, str) or PurePosixPath(folder).is_absolute() or ".." in PurePosixPath(folder).parts:
             raise SourceError(f"modules.json: path {folder!r} leads out of the checkpoint's folder")
-        inner = [name for name in sorted(present) if name.startswith(f"{folder}/")]
+        folder = str(PurePosixPath(folder))  # `./1_Pooling/` is 1_Pooling
+        inner = [name for name in sorted(present) if name.startswith(f"{folder}/") and name not in found]
         safe = [name for name in inner if name.endswith((".json", ".safetensors", ".txt"))]
         pickles = [name for name in inner if name.endswith(PICKLE)]
         if pickles and not any(name.endswith(".safetensors") for name in safe):
@@ -237,7 +237,7 @@ def _licence(root: Path) -> str | None:
     try:
         parts = (root / "README.md").read_text(encoding="utf-8").split("---\n", 2)
         card = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-    except (OSError, ValueError, yaml.YAMLError):
+    except Exception:  # PyYAML's constructors raise whatever comes; a card that cannot be read states nothing
         return None
     licence = card.get("license") if isinstance(card, dict) else None
     return licence if isinstance(licence, str) else None
@@ -246,9 +246,9 @@ def _licence(root: Path) -> str | None:
 def _package_folder(rest: str) -> Path:
     """A folder of an installed package, found without importing it: a package of weights is data, not code."""
     package, _, inner = rest.partition("/")
-    if ".." in PurePosixPath(inner).parts or not package.isidentifier():
+    if ".." in PurePosixPath(inner).parts or inner.startswith("/") or not package.isidentifier():
         raise SourceError(f"package:{rest}: a package's source is package:PACKAGE/FOLDER")
-    found = importlib.util.find_spec(package)
+    found = None if package == "__main__" else importlib.util.find_spec(package)
     for location in (found.submodule_search_locations or ()) if found else ():
         if (Path(location) / inner).exists():
             return Path(location) / inner
@@ -264,7 +264,7 @@ def _download(spec: ModelSpec, rest: str) -> tuple[Path, str]:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         info = HfApi().model_info(repo, revision=revision)
@@ -278,13 +278,15 @@ def _download(spec: ModelSpec, rest: str) -> tuple[Path, str]:
         paths = {name: fetch(name) for name in weights + support}
         first = weights[0]
         return Path(str(paths[first])[: -len(first) - 1]), commit
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except SourceError:
+        raise
+    except HFValidationError as error:
+        raise SourceError(f"hf:{repo}@{revision}: no repository can be called so ({' '.join(str(error).split())})") from error
+    except Exception as error:  # the library lets through what its HTTP client, and other servers' answers, raise
         if re.fullmatch("[0-9a-f]{40}", revision) and not _refused(error):
             # A commit never changes: what an earlier build fetched is as good as the hub.
-            try:
+            with contextlib.suppress(Exception):
                 return Path(snapshot_download(repo, revision=revision, local_files_only=True)), revision
-            except (HfHubHTTPError, OSError, ValueError):
-                pass
         _fail(repo, revision, error)
 
 
@@ -296,7 +298,7 @@ def _refused(error: BaseException) -> bool:
 def _fail(repo: str, revision: str, error: BaseException) -> NoReturn:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        reason = "the hub refuses access; accept its terms there and set HF_TOKEN"
+        reason = "the hub refuses access, or has no such repository: check the name, accept its terms there and set HF_TOKEN"
     elif status == 404:
         reason = "the hub has no such repository or revision (or it is private: set HF_TOKEN)"
     elif status is not None:

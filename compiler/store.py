@@ -96,9 +96,7 @@ class Store:
             return None
         return Entry(path, step.key, files, stored["info"])
 
-    def get_or_make(
-        self, step: Step, make: Callable[[Path], dict[str, Any]], *, use_cache: bool = True
-    ) -> tuple[Entry, bool]:
+    def get_or_make(self, step: Step, make: Callable[[Path], dict[str, Any]], *, use_cache: bool = True) -> tuple[Entry, bool]:
         """The entry of a step, and whether it was in the cache. `make` writes files into the folder it is given and
         returns what else is to be kept, as JSON.
 
@@ -121,7 +119,6 @@ class Store:
                     remove(path)
                     os.rename(aside, path)
         return Entry(path, step.key, files, json.loads(canonical(info))), False
-
 
     def _made(self, make: Callable[[Path], dict[str, Any]], aside: Path) -> dict[str, Any]:
         """What `make` returns. Native writers do not say that a disk is full: they abort, or fail in their own words."""

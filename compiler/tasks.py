@@ -13,9 +13,7 @@ from typing import Any, Literal
 
 from compiler.errors import ConfigError, SourceError
 
-TaskName = Literal[
-    "feature-extraction", "text-classification", "token-classification", "question-answering", "fill-mask"
-]
+TaskName = Literal["feature-extraction", "text-classification", "token-classification", "question-answering", "fill-mask"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def infer(config: Mapping[str, Any], sentence_transformer: bool) -> str:
         for task, entry in TASKS.items():
             if isinstance(name, str) and name.endswith(entry.head):
                 return task
-    found = ", ".join(map(str, names)) if names else "none"
+    found = " ".join(", ".join(map(str, names if isinstance(names, list) else [names])).split()) or "none"
     raise SourceError(
         f"config.json: no task can be inferred from architectures ({found}); set task: to one of {', '.join(TASKS)}"
     )
@@ -66,7 +64,7 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     """
     try:
         line = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not JSON ({error}); each line is an object such as {example(task)}") from error
     entry = TASKS[task]
     if not isinstance(line, dict):

@@ -220,7 +220,9 @@ def test_failing_gate_releases_nothing(command: Command, tmp_path: Path, bert: P
     pipeline = write_pipeline(tmp_path, bert, targets={"torchscript": ["fp32", "bf16"]}, budget=budget)
     result = command(pipeline)
     line = error_line(result)
-    assert re.search(r"torchscript bf16: cosine is 0\.\d+, its limit is 1, at sample '[a-z ]+' \(\d+x\d+\), output \w+\[", line)
+    assert re.search(
+        r"torchscript bf16: cosine is 0\.\d+, its limit is 1, at sample '[a-z ]+' \(\d+x\d+\), output \w+\[", line
+    )
     assert "FAILED" in result.stderr
     assert "passed" in result.stderr
     assert not (tmp_path / "artifacts/tiny").exists()
@@ -312,7 +314,9 @@ def test_full_disk(command: Command, tmp_path: Path, bert: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     pipeline = write_pipeline(tmp_path, bert)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(small)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(small)], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("this machine does not let root mount a tmpfs")
     try:
@@ -331,7 +335,9 @@ def test_full_disk_under_the_cache(command: Command, tmp_path: Path, bert: Path)
     small = tmp_path / "small"
     small.mkdir()
     pipeline = write_pipeline(tmp_path, bert, targets={"torchscript": ["fp32"], "onnx": ["fp32"], "openvino": ["fp32"]})
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("this machine does not let root mount a tmpfs")
     try:

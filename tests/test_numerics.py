@@ -75,7 +75,10 @@ class TestRows:
         assert cut.values.tolist() == [[1, 2]]
         assert cut.index == [()]
 
-    @pytest.mark.parametrize(("keep", "kept"), [(1, [0]), (2, [0, 9]), (4, [0, 3, 6, 9]), (10, list(range(10))), (99, list(range(10)))])
+    @pytest.mark.parametrize(
+        ("keep", "kept"),
+        [(1, [0]), (2, [0, 9]), (4, [0, 3, 6, 9]), (10, list(range(10))), (99, list(range(10)))],
+    )
     def test_keep_spreads_over_the_real_rows(self, keep: int, kept: list[int]) -> None:
         tensor = Tensor("logits", "float32", ("batch", "sequence", 1))
         cut = rows(np.arange(12.0).reshape(1, 12, 1), tensor, case([[1] * 10 + [0] * 2]), keep)

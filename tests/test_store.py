@@ -10,7 +10,6 @@ import platform
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,13 +49,6 @@ def make() -> Maker:
 
 def leftovers(store: Store) -> list[str]:
     return [path.name for path in store.root.glob(f"{SCRATCH}*")]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
 
 
 class TestStep:
@@ -208,7 +200,7 @@ class TestDamage:
         """Copied or renamed by hand, an entry is sound in itself but answers another question."""
         store.get_or_make(STEP, make)
         other = Step("", "load", "", {"a": "2"})
-        os.rename(store.path(STEP), store.path(other))
+        store.path(STEP).rename(store.path(other))
         assert store.look(other) is None
 
     def test_an_entry_linked_to_elsewhere_leaves_the_other_alone(self, store: Store, make: Maker, tmp_path: Path) -> None:

@@ -30,7 +30,13 @@ class Architecture:
     tasks: tuple[str, ...] = ALL
 
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "initializer_range": 0.2}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "initializer_range": 0.2,
+}
 
 ZOO = {
     architecture.name: architecture
@@ -40,7 +46,14 @@ ZOO = {
         Architecture("xlm-roberta", {**SMALL, "max_position_embeddings": 66, "type_vocab_size": 1}, ROBERTA_TOKENS, False),
         Architecture(
             "distilbert",
-            {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64, "initializer_range": 0.2},
+            {
+                "dim": 32,
+                "n_layers": 2,
+                "n_heads": 4,
+                "hidden_dim": 48,
+                "max_position_embeddings": 64,
+                "initializer_range": 0.2,
+            },
             token_types=False,
         ),
         Architecture("albert", {**SMALL, "embedding_size": 16, "max_position_embeddings": 64}),
@@ -114,9 +127,10 @@ def save_checkpoint(folder: Path, name: str, task: str = "feature-extraction", *
     vocabulary = save_tokenizer(folder, architecture)
     names = list(architecture.tokens)
     ids = {f"{kind}_token_id": names.index(kind) for kind in ("pad", "cls", "sep")}
-    extra = {"num_labels": 3} if task in ("text-classification", "token-classification") else {}
+    extra = {"num_labels": 9} if task in ("text-classification", "token-classification") else {}
     config = AutoConfig.for_model(
-        name, **{"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 2, **ids, **extra, **architecture.config, **overrides}
+        name,
+        **{"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 2, **ids, **extra, **architecture.config, **overrides},
     )
     torch.manual_seed(7)
     automatic = TasksManager.get_model_class_for_task(task, model_type=name, library="transformers")

@@ -19,11 +19,15 @@ PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None, "bf16": "fp32"
 FUSED = ("Gelu", "MVN", "RMS", "RoPE", "ScaledDotProductAttention")
 SUFFIX: Mapping[str, str] = {"fp32": "", "bf16": "_bf16"}
 # Operators whose output at a place depends on their inputs at that place alone.
-ELEMENTWISE = frozenset(
-    "Abs Add BitwiseAnd BitwiseNot BitwiseOr Ceiling Clamp Convert ConvertLike Divide Equal Exp Floor FloorMod Greater GreaterEqual Less LessEqual Log"
-    " LogicalAnd LogicalNot LogicalOr Maximum Minimum Mod Multiply Negative NotEqual Power Round Select Sign Sqrt"
-    " Subtract".split()
-)
+# fmt: off
+ELEMENTWISE = frozenset({
+    "Abs", "Add", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "Ceiling", "Clamp", "Convert",
+    "ConvertLike", "Divide", "Equal", "Exp", "Floor", "FloorMod", "Greater", "GreaterEqual",
+    "Less", "LessEqual", "Log", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum",
+    "Mod", "Multiply", "Negative", "NotEqual", "Power", "Round", "Select", "Sign",
+    "Sqrt", "Subtract",
+})
+# fmt: on
 # Small constants (scales, shapes, norms) stay as they are: they weigh nothing and rounding them costs accuracy.
 SMALLEST_WEIGHT = 4096
 

@@ -66,9 +66,7 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
         [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *model.inputs)]
     )
     with torch.no_grad():
-        script = torch.jit.trace(
-            traced, example_kwarg_inputs=dict(model.example), strict=False, check_trace=False
-        )
+        script = torch.jit.trace(traced, example_kwarg_inputs=dict(model.example), strict=False, check_trace=False)
         script = torch.jit.freeze(script)
     counts = Counter(node.kind().removeprefix("aten::") for node in script.graph.nodes())
     path = out / files(target.precision)[0]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.errors import ConfigError, SourceError, StageError
 from compiler.numerics import Case, rows
-from compiler.sources import read_config, tokenizer_files
+from compiler.sources import tokenizer_files
 from compiler.tasks import TASKS
 from compiler.types import Model, Signature, Snapshot, Tensor
 from compiler.workers import THREADS
@@ -335,9 +335,7 @@ def _counted(model: Model, case: Case) -> Case:
     return Case(case.name, case.inputs, counts)
 
 
-def tokenize(
-    model: Model, texts: Sequence[tuple[str, ...]], sequence: int, side: str
-) -> dict[str, np.ndarray[Any, Any]]:
+def tokenize(model: Model, texts: Sequence[tuple[str, ...]], sequence: int, side: str) -> dict[str, np.ndarray[Any, Any]]:
     """Texts as int64 `[batch, sequence]`, cut and padded to exactly that length."""
     import numpy as np
 
@@ -370,7 +368,7 @@ def _with_masks(model: Model, texts: Sequence[tuple[str, ...]]) -> list[tuple[st
     mask = model.tokenizer.mask_token
     if mask is None:
         raise SourceError("task: the tokenizer has no mask token, so fill-mask does not fit this checkpoint")
-    masked = []
+    masked: list[tuple[str, ...]] = []
     for (text,) in texts:
         words = re.sub(r"\[MASK\]|<mask>", lambda _: mask, text).split(" ")
         if mask not in text and mask not in words:
@@ -380,7 +378,7 @@ def _with_masks(model: Model, texts: Sequence[tuple[str, ...]]) -> list[tuple[st
 
 
 def _check_ids(model: Model, found: Sequence[Case]) -> None:
-    config: Any = model.module.config  # type: ignore[assignment]
+    config: Any = model.module.config
     largest = max(int(case.inputs["input_ids"].max()) for case in found)
     if largest >= config.vocab_size:
         raise SourceError(
@@ -425,9 +423,7 @@ def reference(
     save_file(samples, str(out / SAMPLES))
     return {
         "architecture": type(model.module).__name__,
-        "cases": [
-            {"name": case.name, "shape": list(case.mask.shape), "real_tokens": int(case.mask.sum())} for case in found
-        ],
+        "cases": [{"name": case.name, "shape": list(case.mask.shape), "real_tokens": int(case.mask.sum())} for case in found],
         "keep": keep,
         "left_out": list(model.left_out),
         "positions": model.positions,

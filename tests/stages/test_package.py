@@ -1,0 +1,326 @@
+"""A release appears whole or not at all, holds what was hashed before, and any later change of it is found and named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compiler.errors import ReleaseError, StageError
+from compiler.hashing import hash_file, hash_folder, list_files
+from compiler.manifest import MANIFEST, SAMPLES, VALIDATION, Manifest, Source, from_bytes
+from compiler.stages.package import package
+from compiler.store import Entry, scratch
+from compiler.types import Artifact, File, Signature, Tensor
+from compiler.verify import read_release, verify_files
+from tests.test_store import small_disk
+
+VALIDATED = {
+    "schema": 1,
+    "artifacts": [
+        {
+            "format": "onnx",
+            "precision": "fp32",
+            "checks": [
+                {"output": "logits", "name": "cosine", "figure": 1.0, "limit": 0.9, "passed": True, "worst": "sample"}
+            ],
+        }
+    ],
+}
+
+
+class Parts:
+    """What a release is made of: a checkpoint's files, an artifact in a cache entry, and samples."""
+
+    def __init__(self, folder: Path, size: int = 64) -> None:
+        self.checkpoint, self.cache = folder / "checkpoint", folder / "cache"
+        self.output = folder / "artifacts"
+        self.target = self.output / "tiny" / "1.0.0"
+        for path, content in {
+            self.checkpoint / "config.json": b'{"model_type": "bert"}',
+            self.checkpoint / "1_Pooling" / "config.json": b"{}",
+            self.checkpoint / "empty.txt": b"",
+            self.cache / "export" / "onnx" / "model.onnx": b"onnx" * size,
+            self.cache / "export" / "onnx" / "model.onnx.data": b"data" * size,
+            self.cache / "load" / "samples.safetensors": b"samples" * 4,
+            self.cache / "load" / "support" / "tokenizer.json": b'{"own": 1}',
+        }.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        self.entry = Entry(self.cache / "export", "a" * 64, hash_folder(self.cache / "export"), {})
+        self.artifact = Artifact("onnx", "fp32", self.entry.files, {"threads": 1}, self.entry.key, 18)
+        names = ("config.json", "1_Pooling/config.json", "empty.txt")
+        self.support: list[tuple[Path, File]] = [(self.checkpoint, hash_file(self.checkpoint, name)) for name in names]
+        self.support.append((self.cache / "load", hash_file(self.cache / "load", "support/tokenizer.json")))
+
+    def manifest(self) -> Manifest:
+        tensor = Tensor("logits", "float32", ("batch", 3))
+        return Manifest(
+            name="tiny",
+            release="1.0.0",
+            task="text-classification",
+            architecture="BertForSequenceClassification",
+            source=Source("path:checkpoint", None, None, tuple(file for _, file in self.support[:3])),
+            signature=Signature((Tensor("input_ids", "int64", ("batch", "sequence")),), (tensor,)),
+            positions=64,
+            left_out=(),
+            artifacts=(self.artifact,),
+            files=(),
+            libraries={},
+            python="3.11",
+            compiler="0.1.0",
+            steps={},
+            key="b" * 64,
+        )
+
+    def package(self, validation: dict[str, Any] = VALIDATED) -> Manifest:
+        with scratch(self.output) as aside:
+            samples = self.cache / "load" / "samples.safetensors"
+            made = [(self.artifact, self.entry)]
+            return package(aside, self.target, self.manifest(), made, self.support, samples, validation)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Parts:
+    return Parts(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    parts = Parts(tmp_path_factory.mktemp("original"))
+    parts.package()
+    return parts.target
+
+
+@pytest.fixture
+def release(tmp_path: Path, original: Path) -> Path:
+    """A release of its own for a test that damages it."""
+    shutil.copytree(original, tmp_path / "release")
+    return tmp_path / "release"
+
+
+def verify(path: Path) -> None:
+    manifest, _ = read_release(path)
+    verify_files(path, manifest)
+
+
+def refused(path: Path, *words: str) -> None:
+    with pytest.raises(ReleaseError) as caught:
+        verify(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+FILES = (
+    "1_Pooling/config.json",
+    "config.json",
+    "empty.txt",
+    "onnx/model.onnx",
+    "onnx/model.onnx.data",
+    "tokenizer.json",
+    VALIDATION,
+    SAMPLES,
+)
+
+
+class TestRelease:
+    def test_it_holds_everything_and_nothing_else(self, parts: Parts) -> None:
+        whole = parts.package()
+        assert list_files(parts.target) == sorted([*FILES, MANIFEST])
+        assert [file.path for file in whole.every_file] == sorted(FILES)
+        assert list_files(parts.output) == sorted(f"tiny/1.0.0/{name}" for name in (*FILES, MANIFEST))
+
+    def test_every_file_is_as_it_was(self, parts: Parts) -> None:
+        parts.package()
+        assert (parts.target / "config.json").read_bytes() == (parts.checkpoint / "config.json").read_bytes()
+        assert (parts.target / "onnx/model.onnx").read_bytes() == b"onnx" * 64
+        assert (parts.target / "tokenizer.json").read_bytes() == b'{"own": 1}'
+        assert json.loads((parts.target / VALIDATION).read_bytes()) == VALIDATED
+
+    def test_the_manifest_on_disk_is_the_one_returned(self, parts: Parts) -> None:
+        whole = parts.package()
+        assert from_bytes((parts.target / MANIFEST).read_bytes(), "x") == whole
+        assert whole.artifacts == (parts.artifact,)
+
+    def test_it_verifies(self, release: Path) -> None:
+        verify(release)
+        _, (report,) = read_release(release)
+        assert report.passed
+        assert report.figure("cosine") == 1
+
+    def test_the_same_parts_give_the_same_bytes(self, tmp_path: Path) -> None:
+        for name in ("one", "two"):
+            Parts(tmp_path / name).package()
+        one, two = (hash_folder(tmp_path / name / "artifacts") for name in ("one", "two"))
+        assert one == two
+
+    def test_it_names_no_path_of_this_machine(self, release: Path) -> None:
+        here = str(release.parent.parent).encode()
+        assert [name for name in list_files(release) if here in (release / name).read_bytes()] == []
+
+    def test_linked_files_of_a_checkpoint_become_files(self, parts: Parts) -> None:
+        """As in a hub's cache."""
+        path = parts.checkpoint / "config.json"
+        path.rename(parts.checkpoint / "blob")
+        path.symlink_to(parts.checkpoint / "blob")
+        parts.package()
+        assert not (parts.target / "config.json").is_symlink()
+        verify(parts.target)
+
+
+class TestNotAtAll:
+    def refused(self, parts: Parts, *words: str) -> None:
+        with pytest.raises(StageError) as caught:
+            parts.package()
+        message = str(caught.value)
+        assert "\n" not in message
+        assert all(word in message for word in words), message
+        assert not parts.target.exists()
+        assert list_files(parts.output) == []
+
+    @pytest.mark.parametrize("content", [b'{"model_type": "bort"}', b"", b'{"model_type": "bert"}\n'])
+    def test_a_source_file_that_changed(self, parts: Parts, content: bytes) -> None:
+        (parts.checkpoint / "config.json").write_bytes(content)
+        self.refused(parts, "config.json", "changed while the build ran", "build again")
+
+    def test_an_artifact_that_changed(self, parts: Parts) -> None:
+        path = parts.entry.root / "onnx/model.onnx"
+        path.write_bytes(b"x" + path.read_bytes()[1:])
+        self.refused(parts, "model.onnx", "changed")
+
+    def test_a_source_file_that_is_gone(self, parts: Parts) -> None:
+        (parts.checkpoint / "config.json").unlink()
+        self.refused(parts, "config.json")
+
+    def test_a_target_whose_parent_is_a_file(self, parts: Parts) -> None:
+        parts.output.mkdir()
+        (parts.output / "tiny").touch()
+        with pytest.raises(StageError) as caught:
+            parts.package()
+        assert "packaging" in str(caught.value)
+        assert list_files(parts.output) == ["tiny"]
+
+    def test_two_files_of_one_name(self, parts: Parts) -> None:
+        parts.support.append(parts.support[0])
+        self.refused(parts, "config.json")
+
+    def test_a_figure_that_is_not_a_number(self, parts: Parts) -> None:
+        with pytest.raises(ValueError, match="JSON"):
+            parts.package({"figure": float("nan")})
+        assert list_files(parts.output) == []
+
+    def test_a_release_that_is_there_is_never_replaced(self, parts: Parts) -> None:
+        parts.package()
+        before = hash_folder(parts.target)
+        with pytest.raises(StageError):
+            parts.package({**VALIDATED, "other": 1})
+        assert hash_folder(parts.target) == before
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, size=100_000)
+    with small_disk(tmp_path / "disk", "512k") as disk:
+        parts.output, parts.target = disk / "artifacts", disk / "artifacts" / "tiny" / "1.0.0"
+        with pytest.raises(StageError) as caught:
+            parts.package()
+        message = str(caught.value)
+        assert "\n" not in message
+        assert "no space is left" in message
+        assert "packaging" in message
+        assert not parts.target.exists()
+        assert list_files(disk) == []
+
+
+class TestDamage:
+    @pytest.mark.parametrize("name", [name for name in FILES if name != "empty.txt"])
+    def test_a_flipped_byte(self, release: Path, name: str) -> None:
+        content = bytearray((release / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (release / name).write_bytes(content)
+        refused(release, name)
+
+    @pytest.mark.parametrize("name", [name for name in FILES if name != VALIDATION])
+    def test_a_flipped_byte_is_called_changed(self, release: Path, name: str) -> None:
+        (release / name).write_bytes(b"x" + (release / name).read_bytes()[1:])
+        refused(release, f"{name} is changed", "do not use this release")
+
+    def test_every_byte_of_the_manifest(self, release: Path) -> None:
+        content = (release / MANIFEST).read_bytes()
+        for position in range(0, len(content), 23):
+            changed = bytearray(content)
+            changed[position] ^= 1 << position % 8
+            (release / MANIFEST).write_bytes(changed)
+            refused(release, MANIFEST)
+
+    @pytest.mark.parametrize("name", [*FILES, MANIFEST])
+    def test_a_file_cut_off_or_longer(self, release: Path, name: str) -> None:
+        content = (release / name).read_bytes()
+        (release / name).write_bytes(content + b" ")
+        refused(release, name)
+        if content:
+            (release / name).write_bytes(content[:-1])
+            refused(release, name)
+
+    @pytest.mark.parametrize("name", [*FILES, MANIFEST])
+    def test_a_missing_file(self, release: Path, name: str) -> None:
+        (release / name).unlink()
+        refused(release, name)
+
+    @pytest.mark.parametrize("name", ["extra.txt", "onnx/extra", ".hidden", "new/folder/file"])
+    def test_a_file_too_many(self, release: Path, name: str) -> None:
+        (release / name).parent.mkdir(parents=True, exist_ok=True)
+        (release / name).touch()
+        refused(release, f"{name} is not in the manifest")
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_a_link_in_a_files_place(self, release: Path, tmp_path: Path, name: str) -> None:
+        (release / name).rename(tmp_path / "moved")
+        (release / name).symlink_to(tmp_path / "moved")
+        refused(release, f"{name} is a link")
+
+    def test_a_link_in_the_manifests_place(self, release: Path, tmp_path: Path) -> None:
+        (release / MANIFEST).rename(tmp_path / "moved")
+        (release / MANIFEST).symlink_to(tmp_path / "moved")
+        refused(release, MANIFEST)
+
+    def test_a_linked_folder(self, release: Path, tmp_path: Path) -> None:
+        (release / "onnx").rename(tmp_path / "moved")
+        (release / "onnx").symlink_to(tmp_path / "moved")
+        refused(release, "onnx")
+
+    def test_a_folder_in_a_files_place(self, release: Path) -> None:
+        (release / "config.json").unlink()
+        (release / "config.json").mkdir()
+        refused(release, "config.json is missing")
+
+    @pytest.mark.parametrize("make", [os.mkfifo], ids=["fifo"])
+    def test_what_is_no_file_does_not_hang(self, release: Path, make: Callable[[Path], None]) -> None:
+        (release / "config.json").unlink()
+        make(release / "config.json")
+        refused(release, "config.json")
+
+    def test_two_files_swapped(self, release: Path, tmp_path: Path) -> None:
+        one, other = release / "onnx/model.onnx", release / "onnx/model.onnx.data"
+        one.rename(tmp_path / "moved")
+        other.rename(one)
+        (tmp_path / "moved").rename(other)
+        refused(release, "model.onnx is changed", "model.onnx.data is changed")
+
+    def test_many_problems_are_counted(self, release: Path) -> None:
+        for number in range(5):
+            (release / f"extra{number}").touch()
+        refused(release, "extra0", "extra2", "and 2 more")
+
+    @pytest.mark.parametrize("path", ["missing", "file"])
+    def test_what_is_no_release(self, tmp_path: Path, path: str) -> None:
+        (tmp_path / "file").touch()
+        refused(tmp_path / path, str(tmp_path / path), "no such release")
+
+    def test_an_empty_folder(self, tmp_path: Path) -> None:
+        refused(tmp_path, MANIFEST)
