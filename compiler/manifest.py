@@ -92,14 +92,20 @@ def from_bytes(content: bytes, where: str) -> Manifest:
         raise ReleaseError(f"{where}: not a manifest that this version reads: {place}: {detail['msg']}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReleaseError(f"{where}: not a manifest: not JSON, or not its keys; the release is damaged") from error
-    if digest(stored) != claimed or canonical({**stored, "digest": claimed}) != content:
+    try:
+        whole = digest(stored) == claimed and canonical({**stored, "digest": claimed}) == content
+    except ValueError:  # NaN, or half of a surrogate pair
+        whole = False
+    if not whole:
         raise ReleaseError(f"{where}: changed since it was written; do not use this release, build or fetch it again")
     paths = [file.path for file in manifest.every_file]
     for path in paths:
         pure = PurePosixPath(path)
-        if pure.is_absolute() or ".." in pure.parts or str(pure) != path or re.search(r"[\\\x00:]", path):
+        if not pure.parts or pure.is_absolute() or ".." in pure.parts or str(pure) != path or re.search(r"[\\\x00:]", path):
             raise ReleaseError(f"{where}: names {path!r}, which is no path inside a release; do not use it")
-    if len(set(paths)) != len(paths) or MANIFEST in paths:
+    if MANIFEST in paths:
+        raise ReleaseError(f"{where}: names {MANIFEST} as a file of itself; do not use this release")
+    if len(set(paths)) != len(paths):
         raise ReleaseError(f"{where}: names a file twice; do not use this release")
     return manifest
 

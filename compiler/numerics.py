@@ -95,6 +95,9 @@ def compare(pairs: Sequence[Pair], tensor: Tensor, *, logits: bool) -> dict[str,
     figure the worst possible.
     """
     pairs = [pair for pair in pairs if len(pair.reference.values)]
+    if not pairs:  # no evidence is no pass
+        figures = _worst_possible(logits)
+        return {"scale": 1.0, "figures": figures, "worst": dict.fromkeys(figures, f"{tensor.name}: no row of it counts")}
     scale = max([1.0, *(float(np.abs(pair.reference.values[pair.reference.real]).max(initial=0)) for pair in pairs)])
     found: dict[str, tuple[float, str]] = {"max_abs": (0.0, ""), "max_rel": (0.0, ""), "cosine": (1.0, "")}
     same = total = 0

@@ -33,7 +33,9 @@ TOKENIZER_FILES = frozenset(
 SUPPORT_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".md"})
 SUPPORT_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)([.-].*)?", re.IGNORECASE)
 # Names that a release gives its own files, and what training leaves behind.
-NOT_SUPPORT = frozenset({"manifest.json", "validation.json", "trainer_state.json", "optimizer.json", "export.json"})
+NOT_SUPPORT = frozenset(
+    {"adapter_config.json", "manifest.json", "validation.json", "trainer_state.json", "optimizer.json", "export.json"}
+)
 
 
 def resolve(spec: ModelSpec, folder: Path) -> Snapshot:

@@ -82,14 +82,15 @@ class Store:
             stored = json.loads((path / ENTRY).read_text(encoding="utf-8"))
             files = tuple(File(**file) for file in stored["files"])
             sound = (
-                stored["digest"] == digest({name: stored[name] for name in ("files", "info", "inputs")})
+                stored["inputs"] == dict(step.inputs)
+                and stored["digest"] == digest({name: stored[name] for name in ("files", "info", "inputs")})
                 and tuple(file for file in hash_folder(path) if file.path != ENTRY) == files
             )
         except FileNotFoundError:
             if not path.exists():
                 return None
             sound = False
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             sound = False
         if not sound:
             remove(path)
@@ -151,18 +152,22 @@ def scratch(parent: Path) -> Iterator[Path]:
 def sweep(parent: Path) -> None:
     """Remove scratch folders whose maker is gone."""
     for name in parent.glob(f"{SCRATCH}*.lock"):
-        lock = FileLock(name, timeout=0)
-        with contextlib.suppress(Timeout, OSError), lock:
-            # Not yet a folder: its maker stands between making the lock's file and locking it.
-            folder = name.with_suffix("")
-            if folder.exists():
-                remove(folder)
-                os.unlink(name)
+        folder = name.with_suffix("")
+        # Not yet a folder: its maker stands between making the lock's file and locking it.
+        if not folder.is_dir():
+            continue
+        with contextlib.suppress(Timeout, OSError), FileLock(name, timeout=0):
+            # Its maker had it locked when there was a folder, and never locks it again: this file is ours to remove,
+            # even where opening it has just made it anew.
+            remove(folder)
+            os.unlink(name)
 
 
 def remove(path: Path) -> None:
     """Remove a folder, if it is there, so that no one can mistake what is left of it for a whole one."""
-    if path.exists():
+    if path.is_symlink() or path.is_file():
+        os.unlink(path)
+    elif path.exists():
         with contextlib.suppress(OSError):
             os.unlink(path / ENTRY)
         shutil.rmtree(path, ignore_errors=True)
@@ -186,5 +191,7 @@ def writing(folder: Path, what: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = "no space is left; make room, or choose another folder"
         else:
+            if error.filename and not Path(os.fsdecode(error.filename)).is_relative_to(folder):
+                raise StageError(f"{what}: {error.filename}: {error.strerror}") from error
             reason = f"cannot be written ({error.strerror or error}); choose a folder that can"
         raise StageError(f"{what}: {folder}: {reason}") from error

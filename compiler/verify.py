@@ -35,6 +35,8 @@ def read_release(path: Path) -> tuple[Manifest, tuple[Report, ...]]:
     if not path.is_dir():
         raise ReleaseError(f"{path}: no such release; a release is the folder that holds {MANIFEST}")
     try:
+        if not stat.S_ISREG(os.lstat(path / MANIFEST).st_mode):
+            raise ReleaseError(f"{path / MANIFEST}: a link, not a file; do not use this release")
         content = (path / MANIFEST).read_bytes()
     except OSError as error:
         raise ReleaseError(f"{path / MANIFEST}: cannot be read ({error.strerror}); a release always has one") from error

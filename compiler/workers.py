@@ -9,7 +9,6 @@ build that is killed leaves no process behind.
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -110,7 +109,6 @@ def _main(sender: multiprocessing.connection.Connection, log: str, job: Callable
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
     sys.stdout = sys.stderr = stream
-    logging.captureWarnings(True)
     try:
         answer: tuple[str, Any] = ("result", job(*args))
     except CompileError as error:
@@ -122,7 +120,12 @@ def _main(sender: multiprocessing.connection.Connection, log: str, job: Callable
     except BaseException as error:
         traceback.print_exc()
         answer = ("error", StageError(f"{type(error).__name__}: {_first_line(error)}; the whole story is in {log}"))
-    sender.send(answer)
+    try:
+        sender.send(answer)
+    except Exception as error:  # it cannot be pickled
+        traceback.print_exc()
+        text = f"{type(error).__name__}: its result cannot be sent (pickle): {_first_line(error)}; the whole story is in {log}"
+        sender.send(("error", StageError(text)))
 
 
 def _first_line(error: BaseException) -> str:

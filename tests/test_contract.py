@@ -92,8 +92,7 @@ def test_every_promise_is_covered() -> None:
 def test_files_have_the_names_that_loaders_look_for(tmp_path: Path) -> None:
     prepared = Prepared(tmp_path, "bert", "feature-extraction")
     names = {
-        f"{format} {precision}": list_files(prepared.export(Target(format, precision))[0])
-        for format, precision in PRECISIONS
+        f"{format} {precision}": list_files(prepared.export(Target(format, precision))[0]) for format, precision in PRECISIONS
     }
     assert names == {
         "torchscript fp32": ["torchscript/model.pt"],

@@ -105,9 +105,7 @@ class TestErrors:
             ("numerics", NumericsError, "onnx fp32: cosine is 0.5"),
         ],
     )
-    def test_our_own_come_back_as_they_were(
-        self, log: Path, kind: str, expected: type[CompileError], message: str
-    ) -> None:
+    def test_our_own_come_back_as_they_were(self, log: Path, kind: str, expected: type[CompileError], message: str) -> None:
         with pytest.raises(CompileError) as caught:
             workers.run(jobs.refuse, kind, log=log)
         assert type(caught.value) is expected

@@ -9,14 +9,14 @@ import contextlib
 import inspect
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiler.errors import ConfigError, SourceError, StageError
 from compiler.numerics import Case, rows
-from compiler.sources import tokenizer_files
+from compiler.sources import read_config, tokenizer_files
 from compiler.tasks import TASKS
 from compiler.types import Model, Signature, Snapshot, Tensor
 from compiler.workers import THREADS
@@ -49,6 +49,7 @@ def load(snapshot: Snapshot, task: str, *, trust_remote_code: bool = False, allo
     from transformers import AutoConfig, AutoTokenizer
 
     _check_tensors(snapshot)
+    _check_config(read_config(snapshot))
     with _only(snapshot) as folder:
         gguf = next((file.path for file in snapshot.weights if file.path.endswith(".gguf")), None)
         extra: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
@@ -56,6 +57,8 @@ def load(snapshot: Snapshot, task: str, *, trust_remote_code: bool = False, allo
         with _explained(snapshot, "the config", trust_remote_code):
             config = AutoConfig.from_pretrained(folder, **extra)
         automatic = _auto_class(task, config)
+        if getattr(config, "is_encoder_decoder", False):
+            raise SourceError(f"{snapshot.uri}: {config.model_type} has a decoder; only encoders can be compiled")
         if not gguf and not tokenizer_files(file.path for file in snapshot.support):
             raise SourceError(f"{snapshot.uri}: no tokenizer beside the weights (tokenizer.json, vocab.txt …); add it")
         with _explained(snapshot, "the tokenizer", trust_remote_code):
@@ -65,6 +68,7 @@ def load(snapshot: Snapshot, task: str, *, trust_remote_code: bool = False, allo
         if hasattr(config, "use_cache"):
             config.use_cache = False
         extra |= {"config": config, "dtype": torch.float32, "output_loading_info": True, "weights_only": True}
+        extra["ignore_mismatched_sizes"] = True  # to name them; they are refused below
         if not gguf:
             extra["use_safetensors"] = not _is_pickle(snapshot)
         if _is_pickle(snapshot) and not allow_pickle:
@@ -73,6 +77,8 @@ def load(snapshot: Snapshot, task: str, *, trust_remote_code: bool = False, allo
 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise SourceError(f"{snapshot.uri}: the tokenizer has no token to pad with; set pad_token in tokenizer_config.json")
     parameters = inspect.signature(module.forward).parameters
     inputs = tuple(
         name
@@ -82,8 +88,10 @@ def load(snapshot: Snapshot, task: str, *, trust_remote_code: bool = False, allo
         # A model without token types ignores them: DeBERTa-v2's tokenizer makes them all the same.
         and not (name == "token_type_ids" and getattr(config, "type_vocab_size", 1) == 0)
     )
-    if "attention_mask" not in inputs:
-        raise SourceError(f"{snapshot.uri}: {type(module).__name__} takes no attention_mask; it is no encoder of text")
+    if not {"input_ids", "attention_mask"} <= set(inputs):
+        raise SourceError(
+            f"{snapshot.uri}: {type(module).__name__} takes no input_ids with an attention_mask; it is no encoder of text"
+        )
     module.eval().requires_grad_(False)
     return Model(
         module=module,
@@ -138,9 +146,26 @@ def _weights(
             f"{snapshot.uri}: {len(missing)} weights of {type(module).__name__} are missing from the checkpoint: "
             f"{_names(missing)}; it was not trained for {task}, or not saved whole"
         )
-    if mismatched := sorted(str(key) for key in report.get("mismatched_keys", ())):
+    if mismatched := sorted(str(key[0]) for key in report.get("mismatched_keys", ())):
         raise SourceError(f"{snapshot.uri}: weights of another shape than config.json says: {_names(mismatched)}")
+    if unused := _further_layers(module, report["unexpected_keys"]):
+        raise SourceError(
+            f"{snapshot.uri}: the checkpoint has more layers than config.json says ({_names(unused)}); one of them is wrong"
+        )
     return module, left_out
+
+
+def _further_layers(module: torch.nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Those of the weights that found no place that continue a numbered list of the module: layers that would be lost."""
+    numbered = re.compile(r"\.\d+\.")
+    own = {numbered.sub(".#.", name) for name, _ in module.named_parameters()}
+    # A base model's weights carry its prefix in the checkpoint of a model with a head, and the other way round.
+    own |= {name.removeprefix(f"{module.base_model_prefix}.") for name in own}
+    return sorted(
+        key
+        for key in unexpected
+        if numbered.search(key) and numbered.sub(".#.", key).removeprefix(f"{module.base_model_prefix}.") in own
+    )
 
 
 def _names(names: Sequence[str]) -> str:
@@ -167,8 +192,8 @@ def _explained(snapshot: Snapshot, what: str, trust_remote_code: bool) -> Iterat
     """Turn what transformers raises on a bad checkpoint into one line that says what to do."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, AssertionError) as error:
-        text = " ".join(str(error).split())
+    except Exception as error:
+        text = re.sub(r"\S*/compile-\w+/?", "", " ".join(str(error).split()))
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise
         if "trust_remote_code" in text:
@@ -177,6 +202,9 @@ def _explained(snapshot: Snapshot, what: str, trust_remote_code: bool) -> Iterat
             reason = f"config.json names an unknown architecture, {match[1]!r}; this transformers does not have it"
         elif "Unrecognized model" in text:
             reason = "config.json names no model_type; this transformers cannot tell what it is"
+        elif type(error).__name__ == "UnpicklingError" or (what == "the weights" and _is_pickle(snapshot)):
+            name = ", ".join(file.path for file in snapshot.weights)
+            reason = f"{name}: damaged, or a pickle that holds more than tensors; fetch it again, or as safetensors"
         elif "size mismatch" in text or "ignore_mismatched_sizes" in text:
             names = re.findall(r"([\w.]+)\s*\|\s*MISMATCH|size mismatch for ([\w.]+)", str(error))
             found = sorted({first or second for first, second in names})
@@ -188,6 +216,18 @@ def _explained(snapshot: Snapshot, what: str, trust_remote_code: bool) -> Iterat
 
 def _is_pickle(snapshot: Snapshot) -> bool:
     return any(file.path.endswith(".bin") for file in snapshot.weights)
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """What a config must not be, before a library makes something of it."""
+    model_type = config.get("model_type", "-")
+    if not isinstance(model_type, str) or not model_type:
+        raise SourceError(f"config.json: model_type is {config['model_type']!r}, not a name; fetch the checkpoint again")
+    if config.get("quantization_config"):
+        raise SourceError("config.json: the checkpoint is quantized (quantization_config); use the one it was made from")
+    layers = config.get("num_hidden_layers", 1)
+    if isinstance(layers, int) and layers < 1:
+        raise SourceError(f"config.json: num_hidden_layers is {layers}; fetch the checkpoint again")
 
 
 def _check_tensors(snapshot: Snapshot) -> None:

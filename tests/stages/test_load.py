@@ -428,7 +428,7 @@ class TestTask:
     def test_an_encoder_with_a_decoder(self, translator: Path, tmp_path: Path) -> None:
         with pytest.raises(SourceError) as caught:
             small_reference(tmp_path / "out", translator)
-        one_line(caught.value, "T5")
+        one_line(caught.value, "t5")
 
 
 class TestReference:
@@ -721,3 +721,11 @@ class TestGguf:
         content = (tmp_path / "tiny.gguf").read_bytes()
         (tmp_path / "tiny.gguf").write_bytes(content[: int(len(content) * share)])
         refused(tmp_path / "tiny.gguf", "tiny.gguf")
+
+
+@pytest.mark.parametrize(("head", "task"), [(FEATURES, FEATURES), ("fill-mask", "fill-mask"), ("fill-mask", FEATURES)])
+def test_more_layers_than_the_config_says(tmp_path: Path, head: str, task: str) -> None:
+    """A config of fewer layers would make another model of the same weights, in silence."""
+    folder = save_checkpoint(tmp_path / "checkpoint", "bert", head)
+    change_config(folder, num_hidden_layers=1)
+    refused(folder, "more layers than config.json says", "encoder.layer.1.", task=task)

@@ -26,9 +26,7 @@ VALIDATED = {
         {
             "format": "onnx",
             "precision": "fp32",
-            "checks": [
-                {"output": "logits", "name": "cosine", "figure": 1.0, "limit": 0.9, "passed": True, "worst": "sample"}
-            ],
+            "checks": [{"output": "logits", "name": "cosine", "figure": 1.0, "limit": 0.9, "passed": True, "worst": "sample"}],
         }
     ],
 }
