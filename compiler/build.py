@@ -49,7 +49,7 @@ class Context:
     store: Store
     tell: Callable[[Event], None]
     use_cache: bool = True
-    jobs: int = 2
+    jobs: int = 3
 
 
 @dataclass(frozen=True)

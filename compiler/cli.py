@@ -48,7 +48,9 @@ def cli() -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where releases go, instead of the pipeline's output:.")
 @click.option("--only", multiple=True, metavar="NAME", help="Build this model only; may be given again.")
 @click.option("--no-cache", is_flag=True, help="Run every step, and compare with a release that is there.")
-@click.option("-j", "--jobs", type=click.IntRange(1, 64), help="Formats to work on side by side; as many as cores, up to 3.")
+@click.option(
+    "-j", "--jobs", type=click.IntRange(1, 64), default=3, show_default=True, help="Formats to work on side by side."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Show what the libraries print; the build's log always has it.")
 @cache_option
 @json_option
@@ -57,7 +59,7 @@ def build(
     output: Path | None,
     only: tuple[str, ...],
     no_cache: bool,
-    jobs: int | None,
+    jobs: int,
     verbose: bool,
     cache_dir: Path | None,
     as_json: bool,
@@ -77,7 +79,7 @@ def build(
             store=_store(cache_dir),
             tell=display.tell,
             use_cache=not no_cache,
-            jobs=jobs or min(3, os.cpu_count() or 1),
+            jobs=jobs,
         )
         releases = []
         try:

@@ -20,7 +20,7 @@ from compiler.sources import read_config
 from compiler.store import Step, Store
 from compiler.tasks import infer, parse_line
 from compiler.types import Snapshot, Target
-from compiler.workers import THREADS
+from compiler.workers import LOAD_THREADS, THREADS
 
 PACKAGE = Path(__file__).parent
 # Text of the compiler's own, for a model whose user names none.
@@ -99,7 +99,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             "data": texts.sha256,
             "batch": " ".join(map(str, spec.shapes.batch)),
             "sequence": " ".join(map(str, spec.shapes.sequence or ())) or "default",
-            "threads": str(THREADS),
+            "threads": str(LOAD_THREADS),
         },
         LOAD_LIBRARIES,
         ("stages/load.py", "numerics.py", "sources.py"),

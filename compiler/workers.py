@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 # Deterministic results want a fixed number of threads; side by side, one each is also the fastest on few cores.
 THREADS = 1
+# The reference is computed while nothing else runs.
+LOAD_THREADS = 2
 PRELOAD = ["compiler.preload"]
 _running: set[multiprocessing.process.BaseProcess] = set()
 _lock = threading.Lock()

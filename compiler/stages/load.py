@@ -10,7 +10,7 @@ import inspect
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from compiler.numerics import Case, rows
 from compiler.sources import read_config, tokenizer_files
 from compiler.tasks import TASKS
 from compiler.types import Model, Signature, Snapshot, Tensor
-from compiler.workers import THREADS
+from compiler.workers import LOAD_THREADS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # The logits of a large vocabulary over many tokens would be gigabytes; then fewer rows are kept, spread evenly.
 MAX_REFERENCE_BYTES = 256 << 20
 MIN_ROWS = 16
+RIGHT, LEFT = "right padding", "left padding"
 SAMPLES, REFERENCE = "samples.safetensors", "reference.safetensors"
 # The longest sample, without padding, when the model's positions allow more than the configured shapes ask for.
 LONGEST = 512
@@ -326,13 +327,10 @@ def cases(
             raise ConfigError(f"shapes.sequence: {length} is longer than the model's {most} positions; at most {most}")
     longest = max(sequences)
     shapes = [
-        (batch, sequence, padding)
-        for batch in batches
-        for sequence in sequences
-        for padding in ("no padding", "right padding", "left padding")
+        (batch, sequence, padding) for batch in batches for sequence in sequences for padding in ("no padding", RIGHT, LEFT)
     ]
     odd = max(longest - 1 - longest % 2, 5)
-    shapes += [(3, odd, "right padding"), (3, odd, "left padding"), (1, 5, "no padding")]
+    shapes += [(3, odd, RIGHT), (3, odd, LEFT), (1, 5, "no padding")]
     shapes += [(1, min(most or LONGEST, max(LONGEST, longest)), "no padding")]
     texts = _with_masks(model, texts)
     found: list[Case] = []
@@ -342,7 +340,7 @@ def cases(
         if padding == "no padding":
             rest = [texts[(start + row) % len(texts)][-1] for row in range(len(texts))]
             chosen = [_lengthened(model, text, rest, sequence) for text in chosen]
-        side = "left" if padding.startswith("left") else "right"
+        side = "left" if padding == LEFT else "right"
         found.append(Case(padding, tokenize(model, chosen, sequence, side)))
     # Every line once, as a user would batch them: what is rare in one shape must not escape.
     for start in range(0, min(len(texts), MAX_LINES), BATCH):
@@ -351,28 +349,26 @@ def cases(
         length = int(inputs["attention_mask"].sum(axis=1).max())
         found.append(Case("text", {name: np.ascontiguousarray(value[:, :length]) for name, value in inputs.items()}))
     _check_ids(model, found)
-    return [_counted(model, case) for case in found]
+    return found
 
 
-def _counted(model: Model, case: Case) -> Case:
-    """A sample that is padded on the left, with the rows of whole-text outputs (logits of a class, a pooled vector) that
-    count: those where the original answers as it does to the same text padded on the right."""
+def _counted(model: Model, case: Case, left: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Which rows count of the whole-text outputs (logits of a class, a pooled vector) of a sample that is padded on the
+    left: those where the original's answers, `left`, are those to the same text padded on the right."""
     import numpy as np
 
-    if not case.name.startswith("left"):
-        return case
     lengths = case.mask.sum(axis=1)
     turned = {
         name: np.stack([np.roll(row, int(length)) for row, length in zip(value, lengths, strict=True)])
         for name, value in case.inputs.items()
     }
-    left, right = run_eager(model, case.inputs), run_eager(model, turned)
+    right = run_eager(model, turned)
     counts = {}
     for name, value in left.items():
         if value.shape[:2] != case.mask.shape and value.shape[:1] == case.mask.shape[:1]:
             error = np.abs(value - right[name]).reshape(len(value), -1).max(axis=1)
             counts[name] = error <= SAME * max(1.0, float(np.abs(right[name]).max()))
-    return Case(case.name, case.inputs, counts)
+    return counts
 
 
 def tokenize(model: Model, texts: Sequence[tuple[str, ...]], sequence: int, side: str) -> dict[str, np.ndarray[Any, Any]]:
@@ -456,9 +452,17 @@ def reference(
     for tensor in described.outputs:
         width = tensor.shape[-1] if isinstance(tensor.shape[-1], int) else 1
         keep[tensor.name] = max(MIN_ROWS, MAX_REFERENCE_BYTES // (4 * width * len(found)))
-    _answer(out, model, found, described.outputs, keep)
-    samples = {f"{number:03d}.{name}": value for number, case in enumerate(found) for name, value in case.inputs.items()}
-    for number, case in enumerate(found):
+    counted: list[Case] = []
+
+    def answered() -> Iterator[tuple[Case, Mapping[str, np.ndarray[Any, Any]]]]:
+        for case in found:  # one at a time: the logits of a large vocabulary fill the memory
+            answers = run_eager(model, case.inputs)
+            counted.append(replace(case, counts=_counted(model, case, answers)) if case.name == LEFT else case)
+            yield counted[-1], answers
+
+    _write_reference(out, answered(), described.outputs, keep)
+    samples = {f"{number:03d}.{name}": value for number, case in enumerate(counted) for name, value in case.inputs.items()}
+    for number, case in enumerate(counted):
         samples |= {f"{number:03d}.counts.{name}": value.astype(np.uint8) for name, value in case.counts.items()}
     save_file(samples, str(out / SAMPLES))
     return {
@@ -479,7 +483,8 @@ def reference_again(
     _set_threads()
     model = load(snapshot, task, **options)
     outputs = [Tensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in known["signature"]["outputs"]]
-    _answer(out, model, read_cases(samples, known), outputs, known["keep"])
+    answered = ((case, run_eager(model, case.inputs)) for case in read_cases(samples, known))
+    _write_reference(out, answered, outputs, known["keep"])
 
 
 def read_cases(samples: Path, known: Mapping[str, Any]) -> list[Case]:
@@ -497,13 +502,17 @@ def read_cases(samples: Path, known: Mapping[str, Any]) -> list[Case]:
     return found
 
 
-def _answer(out: Path, model: Model, found: Sequence[Case], outputs: Sequence[Tensor], keep: Mapping[str, int]) -> None:
+def _write_reference(
+    out: Path,
+    answered: Iterable[tuple[Case, Mapping[str, np.ndarray[Any, Any]]]],
+    outputs: Sequence[Tensor],
+    keep: Mapping[str, int],
+) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
     expected: dict[str, np.ndarray[Any, Any]] = {}
-    for number, case in enumerate(found):
-        answers = run_eager(model, case.inputs)
+    for number, (case, answers) in enumerate(answered):
         for tensor in outputs:
             cut = rows(answers[tensor.name], tensor, case, keep[tensor.name])
             values = np.where(cut.real, cut.values, 0.0).astype(np.float32)
@@ -528,4 +537,4 @@ def _own_support(model: Model, out: Path) -> list[str]:
 def _set_threads() -> None:
     import torch
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(LOAD_THREADS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,14 @@ def package(
         StageError: a file is not the one that was validated, or the disk is full or cannot be written.
     """
     with writing(target.parent, "packaging"):
-        files = [_put(aside, folder / file.path, file.path.removeprefix("support/"), file) for folder, file in support]
-        files.append(_put(aside, samples, SAMPLES, None))
+        parts: list[tuple[Path, str, File | None]] = [(samples, SAMPLES, None)]
+        parts += [(folder / file.path, file.path.removeprefix("support/"), file) for folder, file in support]
+        made: list[tuple[Path, str, File | None]]
+        made = [(entry.root / file.path, file.path, file) for artifact, entry in artifacts for file in artifact.files]
+        with ThreadPoolExecutor() as pool:
+            written = list(pool.map(lambda part: _put(aside, *part), [*made, *parts]))
         write_file(aside / VALIDATION, canonical(validation))
-        files.append(hash_file(aside, VALIDATION))
-        for artifact, entry in artifacts:
-            for file in artifact.files:
-                _put(aside, entry.root / file.path, file.path, file)
+        files = [*written[len(made) :], hash_file(aside, VALIDATION)]
         whole = replace(manifest, files=tuple(sorted(files)))
         write_file(aside / MANIFEST, to_bytes(whole))
         target.parent.mkdir(parents=True, exist_ok=True)
