@@ -113,13 +113,14 @@ class Build:
         """
         if not os.path.lexists(self.target):
             return None
+        started = time.monotonic()
         manifest, reports = read_release(self.target)
         verify_files(self.target, manifest)
         if not self.context.use_cache and manifest.key == self.plan.package.key:
             return None  # build it again and see that the bytes are the same
         if manifest.key != self.plan.package.key:
             raise self._refusal(self._changes(manifest))
-        self._tell("", "current")
+        self._tell("", "current", started)
         return Release(self.target, manifest, reports, made=False)
 
     def load(self) -> Entry:
