@@ -21,6 +21,7 @@ import compiler
 from compiler.errors import CompileError, NumericsError
 
 if TYPE_CHECKING:
+    from compiler.bench import Result
     from compiler.build import Release
     from compiler.manifest import Manifest
     from compiler.types import Report
@@ -196,6 +197,68 @@ def verify(
         _table(manifest, reports, release)
 
 
+def _shape(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    found = []
+    for value in values:
+        batch, _, sequence = value.partition("x")
+        if not (batch.isdecimal() and sequence.isdecimal() and int(batch) and int(sequence)):
+            raise click.BadParameter(f"{value!r} is not BATCHxSEQUENCE, such as 8x128")
+        found.append((int(batch), int(sequence)))
+    return tuple(found)
+
+
+@cli.command()
+@click.argument("releases", metavar="RELEASE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--shape", "shapes", multiple=True, callback=_shape, metavar="BxS", help="Batch × sequence; may be given again.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of every runtime; as many as cores when left out.")
+@click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="How often each takes its turn.")
+@click.option("--record", is_flag=True, help="Keep the result in the release's manifest, outside of what is hashed.")
+@click.option("--source", help="Where the checkpoint is now, if not where the manifest says: path:, package: or hf:.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own code, if the original needs it.")
+@click.option("--allow-pickle", is_flag=True, help="Open the checkpoint's pickle, if its weights are one.")
+@json_option
+def bench(
+    releases: tuple[Path, ...],
+    shapes: tuple[tuple[int, int], ...],
+    threads: int | None,
+    rounds: int,
+    record: bool,
+    source: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    """Time every artifact of each RELEASE beside the eager original, on this machine."""
+    from compiler.bench import bench as run
+    from compiler.progress import status
+    from compiler.verify import read_release, record_benchmark, verify_files
+
+    options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    results = []
+    for release in releases:
+        manifest, _ = read_release(release)
+        verify_files(release, manifest)
+        with status() as tell:
+            result = run(
+                release,
+                manifest,
+                shapes=shapes or None,
+                threads=threads or os.cpu_count() or 1,
+                rounds=rounds,
+                source=source,
+                options=options,
+                tell=tell,
+            )
+        if record:
+            record_benchmark(release, result.to_json())
+        results.append({"release": str(release), **result.to_json()})
+        if not as_json:
+            click.echo(f"{manifest.name} {manifest.release}  {release}")
+            _print_benchmark(result)
+    if as_json:
+        _print_json(results)
+
+
 @cli.command()
 @click.argument("checkpoint")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), help="The file to write.")
@@ -287,18 +350,31 @@ def _row(report: Report, path: str, size: str) -> tuple[str, ...]:
     return (path, report.format, report.precision, size, *shown, "passed" if report.passed else "FAILED")
 
 
+def _print_benchmark(result: Result) -> None:
+    from compiler.bench import TEXT
+
+    click.echo(f"{result.threads} threads, {result.rounds} rounds, {result.cpu}")
+    click.echo(f"p50 / p90 ms a batch, times the original's speed; {TEXT}: 32 lines, {result.padding:.0%} padding")
+    rows = [("artifact", *result.shapes, f"{TEXT}/s", "peak MB")]
+    for subject, memory in result.memory.items():
+        found = {timing.shape: timing for timing in result.timings if timing.subject == subject}
+        cells = [f"{t.p50:.1f} / {t.p90:.1f}  {t.ratio:.2f}x" for t in found.values()]
+        rows.append((subject, *cells, f"{found[TEXT].texts_per_second:.0f}", f"{memory:.0f}"))
+    click.echo(_lines(rows))
+    click.echo("best      " + ", ".join(f"{shape}: {result.best(shape)}" for shape in result.shapes))
+
+
 HEADINGS = ("artifact", "format", "precision", "size", "max error", "min cosine", "argmax", "verdict")
 
 
 def _lines(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in (HEADINGS, *rows)) for column in range(len(HEADINGS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (HEADINGS, *rows)
-    )
+    """Rows as text in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _table(manifest: Manifest, reports: Sequence[Report], path: Path) -> None:
-    rows = []
+    rows: list[tuple[str, ...]] = [HEADINGS]
     for artifact in manifest.artifacts:
         report = next(r for r in reports if (r.format, r.precision) == (artifact.format, artifact.precision))
         rows.append(_row(report, artifact.files[0].path, f"{sum(file.size for file in artifact.files) / 1e6:.1f} MB"))
@@ -307,7 +383,7 @@ def _table(manifest: Manifest, reports: Sequence[Report], path: Path) -> None:
 
 
 def _verdicts(reports: Sequence[Report]) -> str:
-    return _lines([_row(report, "–", "–") for report in reports])
+    return _lines([HEADINGS, *(_row(report, "–", "–") for report in reports)])
 
 
 class _Terminated(BaseException):

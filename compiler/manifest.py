@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -64,6 +64,8 @@ class Manifest:
     steps: Mapping[str, Made]
     key: str
     schema: Literal[1] = 1
+    # What `bench --record` measured. It says nothing of what the release is, so the digest leaves it out.
+    benchmark: Mapping[str, Any] | None = None
 
     @property
     def every_file(self) -> tuple[File, ...]:
@@ -73,7 +75,11 @@ class Manifest:
 def to_bytes(manifest: Manifest) -> bytes:
     """The content of manifest.json."""
     body = asdict(manifest)
-    return canonical({**body, "digest": digest(body)})
+    benchmark = body.pop("benchmark")
+    stored = {**body, "digest": digest(body)}
+    if benchmark is not None:
+        stored["benchmark"] = {**benchmark, "digest": digest(benchmark)}
+    return canonical(stored)
 
 
 def from_bytes(content: bytes, where: str) -> Manifest:
@@ -86,6 +92,8 @@ def from_bytes(content: bytes, where: str) -> Manifest:
         stored = json.loads(content)
         claimed = stored.pop("digest")
         manifest = TypeAdapter(Manifest).validate_python(stored)
+        benchmark = stored.pop("benchmark", None)
+        measured = None if benchmark is None else benchmark.pop("digest")
     except ValidationError as error:
         detail = error.errors()[0]
         place = ".".join(str(part) for part in detail["loc"])
@@ -93,11 +101,17 @@ def from_bytes(content: bytes, where: str) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReleaseError(f"{where}: not a manifest: not JSON, or not its keys; the release is damaged") from error
     try:
-        whole = digest(stored) == claimed and canonical({**stored, "digest": claimed}) == content
+        again = {**stored, "digest": claimed}
+        whole = digest(stored) == claimed
+        if benchmark is not None:
+            again["benchmark"] = {**benchmark, "digest": measured}
+            whole = whole and digest(benchmark) == measured
+        whole = whole and canonical(again) == content
     except ValueError:  # NaN, or half of a surrogate pair
         whole = False
     if not whole:
         raise ReleaseError(f"{where}: changed since it was written; do not use this release, build or fetch it again")
+    manifest = replace(manifest, benchmark=benchmark)
     paths = [file.path for file in manifest.every_file]
     for path in paths:
         pure = PurePosixPath(path)

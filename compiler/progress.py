@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -76,3 +78,14 @@ class Display:
         self._read[log] = self._read.get(log, 0) + len(added)
         for line in added.decode(errors="replace").splitlines():
             self.console.print(f"  | {line}", style="dim", markup=False)
+
+
+@contextlib.contextmanager
+def status() -> Iterator[Callable[[str], None]]:
+    """One line that says what is going on, on a terminal; nothing elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("") as live:
+        yield lambda text: live.update(text)

@@ -8,6 +8,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,12 +16,12 @@ from compiler import workers
 from compiler.config import Limits, ModelSpec, OnnxTargets, Targets
 from compiler.errors import NumericsError, ReleaseError, SourceError
 from compiler.hashing import hash_files, list_files
-from compiler.manifest import MANIFEST, SAMPLES, VALIDATION, Manifest, from_bytes
+from compiler.manifest import MANIFEST, SAMPLES, VALIDATION, Manifest, from_bytes, to_bytes
 from compiler.numerics import judge
 from compiler.sources import resolve
 from compiler.stages.load import REFERENCE, reference_again
 from compiler.stages.validate import validate
-from compiler.store import Step, Store
+from compiler.store import Step, Store, write_file, writing
 from compiler.types import Check, Event, Report, Snapshot
 
 T = TypeVar("T")
@@ -61,6 +62,15 @@ def read_validation(path: Path) -> dict[str, Any]:
     if not isinstance(validation, dict):
         raise ReleaseError(f"{path / VALIDATION}: not what a build writes; the release is damaged")
     return validation
+
+
+def record_benchmark(path: Path, benchmark: Mapping[str, Any]) -> None:
+    """Put a benchmark's result into a release's manifest, in place of an earlier one, by one rename."""
+    manifest, _ = read_release(path)
+    aside = path.parent / f".{path.name}.{MANIFEST}"  # beside the release: in it, it would be a file too many
+    with writing(path, "the manifest"):
+        write_file(aside, to_bytes(replace(manifest, benchmark=benchmark)))
+        os.replace(aside, path / MANIFEST)
 
 
 def verify_files(path: Path, manifest: Manifest) -> None:
@@ -131,7 +141,7 @@ def verify_numerics(
         if cached is not None and source is None:
             reference = cached.root / REFERENCE
         else:
-            snapshot = _original(manifest, source, options)
+            snapshot = find_original(manifest, source, options)
             arguments = (Path(name), snapshot, manifest.task, path / SAMPLES, known, options)
             timed("load", lambda: workers.run(reference_again, *arguments, log=log))
             reference = Path(name) / REFERENCE
@@ -158,7 +168,7 @@ def verify_numerics(
     return tuple(reports)
 
 
-def _original(manifest: Manifest, source: str | None, options: Mapping[str, bool]) -> Snapshot:
+def find_original(manifest: Manifest, source: str | None, options: Mapping[str, bool]) -> Snapshot:
     """The checkpoint that a release was made from, found again and compared file by file."""
     uri = source or manifest.source.uri
     pins = {file.path: file.sha256 for file in manifest.source.files}
