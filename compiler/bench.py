@@ -26,14 +26,14 @@ from compiler import cpu
 from compiler.backends import BACKENDS
 from compiler.errors import CompileError, ConfigError, StageError
 from compiler.manifest import SAMPLES, Manifest
+from compiler.samples import TEXT, read_cases
 from compiler.types import Artifact, Runner, Snapshot
-from compiler.verify import find_original, read_validation
+from compiler.verify import find_original, read_known
 
 if TYPE_CHECKING:
     import numpy as np
 
 EAGER = "eager fp32"
-TEXT = "text"
 # Sentences of a padded batch of real text.
 TEXT_BATCH = 32
 WARM_UP = 3
@@ -164,9 +164,7 @@ def _batches(
     """The inputs by shape's name: real tokens without padding, and a padded batch of real text."""
     import numpy as np
 
-    from compiler.stages.load import read_cases
-
-    found = read_cases(release / SAMPLES, read_validation(release)["known"])
+    found = read_cases(release / SAMPLES, read_known(release, manifest))
     longest = max((case for case in found if case.mask.all()), key=lambda case: case.mask.shape[1])
     most = longest.mask.shape[1]
     if shapes is None:
@@ -274,7 +272,12 @@ def _runner(
     from compiler.stages.load import load, run_eager
 
     torch.set_num_threads(threads)
-    model = load(snapshot, manifest.task, **options)
+    model = load(
+        snapshot,
+        manifest.task,
+        trust_remote_code=options["trust_remote_code"],
+        allow_pickle=options["allow_pickle"],
+    )
     return lambda inputs: run_eager(model, inputs)
 
 

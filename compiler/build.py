@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -32,7 +32,7 @@ from compiler.stages.load import REFERENCE, SAMPLES, reference
 from compiler.stages.package import package
 from compiler.stages.validate import validate
 from compiler.store import Entry, Step, Store, remove, scratch, sweep, write_file, writing
-from compiler.types import Artifact, Event, File, Report, Signature, Target, Tensor
+from compiler.types import Artifact, Event, File, Report, Signature, Target
 from compiler.verify import read_release, verify_files
 from compiler.workers import THREADS
 
@@ -80,7 +80,7 @@ class Build:
         self.context = context
         spec = plan.spec
         self.target = context.output / spec.name / spec.release
-        self.folder = context.output / FOLDER / f"{spec.name}-{spec.release}"
+        self.folder = context.output / FOLDER / spec.name / spec.release
         self.log = self.folder / "build.log"
         self._entries: dict[str, Entry] = {}
         self._load_options = {"trust_remote_code": spec.trust_remote_code, "allow_pickle": spec.allow_pickle}
@@ -100,9 +100,13 @@ class Build:
                 lock.acquire()
         try:
             sweep(build.folder)
-            remove(build.folder / "failed")
+            for left in ("failed", workers.MODULES):
+                remove(build.folder / left)
+            with writing(context.output, "the output folder"):
+                build.log.write_bytes(b"")
             yield build
         finally:
+            remove(build.folder / workers.MODULES)
             lock.release()
 
     def published(self) -> Release | None:
@@ -170,7 +174,7 @@ class Build:
         with ThreadPoolExecutor(max(1, self.context.jobs)) as pool:
             futures = [pool.submit(lambda column: [work(target) for target in column], column) for column in columns.values()]
             try:
-                for future in _as_they_fail(futures):
+                for future in as_completed(futures):
                     future.result()
             except BaseException:
                 workers.stop()
@@ -207,7 +211,6 @@ class Build:
             ReleaseError: a release of that version is there, and this build gives other bytes.
         """
         spec, plan, snapshot = self.plan.spec, self.plan, self.plan.snapshot
-        described = loaded.info["signature"]
         libraries = {name for target in plan.validates for name in BACKENDS[target.format].LIBRARIES}
         manifest = Manifest(
             name=spec.name,
@@ -215,7 +218,7 @@ class Build:
             task=plan.task,
             architecture=loaded.info["architecture"],
             source=Source(snapshot.uri, snapshot.revision, snapshot.licence, snapshot.files),
-            signature=Signature(*(tuple(_tensor(tensor) for tensor in described[side]) for side in ("inputs", "outputs"))),
+            signature=Signature.from_json(loaded.info["signature"]),
             positions=loaded.info["positions"],
             left_out=tuple(loaded.info["left_out"]),
             artifacts=tuple(candidate.artifact for candidate in made),
@@ -231,9 +234,8 @@ class Build:
             "data": {"name": plan.texts.name, "sha256": plan.texts.sha256, "lines": len(plan.texts.lines)},
             "cpu": cpu.features(),
             "threads": THREADS,
-            # What repeats the checks: the samples lie beside this file, the limits stand in the checks.
-            "known": {name: loaded.info[name] for name in ("cases", "keep", "signature")},
-            "load_key": plan.load.key,
+            # With the samples beside this file, the signature in the manifest and the limits below: what repeats the checks.
+            "known": {name: loaded.info[name] for name in ("cases", "keep")},
             "artifacts": [
                 {
                     "format": candidate.artifact.format,
@@ -294,14 +296,13 @@ class Build:
 
     def _refusal(self, changes: Sequence[str]) -> ReleaseError:
         spec = self.plan.spec
-        major, minor, patch = re.split(r"[.-]", spec.release)[:3]
-        number = int(patch)
-        while (self.target.parent / f"{major}.{minor}.{number}").exists():
-            number += 1
+        free = spec.release
+        while (self.target.parent / free).exists():
+            free = next_release(free)
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         return ReleaseError(
             f"{spec}: is released already, with other content ({'; '.join(changes[:3])}{more}); a release never changes: "
-            f"set release: {major}.{minor}.{number}"
+            f"set release: {free}"
         )
 
     def _run(self, job: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -334,7 +335,7 @@ class Build:
     def _remember(self, step: Step) -> None:
         """Note a step's inputs, so that a later plan can say what changed."""
         path = history_path(self.context.output, self.plan.spec.name)
-        with FileLock(f"{path}.lock"):
+        with contextlib.suppress(OSError), FileLock(f"{path}.lock"):  # it only explains: a full disk is told elsewhere
             history = read_history(path)
             if history.get(step.id) != dict(step.inputs):
                 history[step.id] = dict(step.inputs)
@@ -345,6 +346,10 @@ class Build:
     def _keep(self, artifact: Artifact, entry: Entry, report: Mapping[str, Any]) -> None:
         """Keep a failing artifact's files beside a report, for whoever looks into it."""
         folder = self.folder / "failed"
+        with writing(self.context.output, "what failed the gate"):
+            self._keep_files(folder, artifact, entry, report)
+
+    def _keep_files(self, folder: Path, artifact: Artifact, entry: Entry, report: Mapping[str, Any]) -> None:
         for file in artifact.files:
             (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(entry.root / file.path, folder / file.path)
@@ -375,9 +380,18 @@ def planned(spec: ModelSpec, folder: Path, output: Path, store: Store) -> list[d
     return rows
 
 
+def next_release(release: str) -> str:
+    """The semantic version after one: its last number raised (1.0.0 → 1.0.1, 1.0.0-rc.1 → 1.0.0-rc.2), or a first one added
+    to a pre-release without (1.0.0-rc → 1.0.0-rc.1)."""
+    start, number = re.fullmatch(r"(.*?)([0-9]*)", release).groups()  # type: ignore[union-attr]
+    if not number or not start.endswith("."):
+        return f"{release}.1"
+    return f"{start}{int(number) + 1}"
+
+
 def history_path(output: Path, name: str) -> Path:
     """Where the inputs of a model's last steps are noted."""
-    return output / FOLDER / f"{name}.steps.json"
+    return output / FOLDER / name / "steps.json"
 
 
 def read_history(path: Path) -> dict[str, dict[str, str]]:
@@ -389,16 +403,6 @@ def read_history(path: Path) -> dict[str, dict[str, str]]:
     return history if isinstance(history, dict) else {}
 
 
-def _tensor(tensor: Mapping[str, Any]) -> Tensor:
-    return Tensor(tensor["name"], tensor["dtype"], tuple(tensor["shape"]))
-
-
 def _in_order(files: Sequence[File], first: Sequence[str]) -> tuple[File, ...]:
     """Files with the one to open first, then the others by name."""
     return tuple(sorted(files, key=lambda file: (first.index(file.path) if file.path in first else len(first), file.path)))
-
-
-def _as_they_fail(futures: Sequence[Any]) -> Iterator[Any]:
-    from concurrent.futures import as_completed
-
-    return as_completed(futures)

@@ -68,7 +68,7 @@ def build(
     """Build the releases of PIPELINE (pipeline.yaml)."""
     from compiler.build import FOLDER, Context
     from compiler.config import read
-    from compiler.pipeline import build_model, select
+    from compiler.pipeline import build as run
     from compiler.progress import Display
 
     parsed = read(pipeline)
@@ -84,12 +84,16 @@ def build(
         )
         releases = []
         try:
-            for spec in select(parsed, only):
-                releases.append(build_model(spec, context))
+            for release in run(parsed, context, only):
+                releases.append(release)
         except NumericsError as error:
             if error.reports and not as_json:
                 display.console.print(_verdicts(error.reports))
             raise
+        finally:
+            if not as_json and len(releases) < len(parsed.models):
+                for release in releases:  # what was released before something failed
+                    _table(release.manifest, release.reports, release.path)
     if as_json:
         _print_json([_release_json(release) for release in releases])
         return
@@ -351,7 +355,7 @@ def _row(report: Report, path: str, size: str) -> tuple[str, ...]:
 
 
 def _print_benchmark(result: Result) -> None:
-    from compiler.bench import TEXT
+    from compiler.samples import TEXT
 
     click.echo(f"{result.threads} threads, {result.rounds} rounds, {result.cpu}")
     click.echo(f"p50 / p90 ms a batch, times the original's speed; {TEXT}: 32 lines, {result.padding:.0%} padding")
@@ -408,15 +412,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         error.show()
         code = 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing was released", err=True)
+        click.echo("interrupted; no release is half made", err=True)
         code = 130
     except _Terminated:
-        click.echo("terminated; nothing was released", err=True)
+        click.echo("terminated; no release is half made", err=True)
         code = 143
     except CompileError as error:
         text = " ".join(str(error).split())
         if "--json" in given:
-            _print_json({"error": text, "kind": type(error).__name__})
+            reports = getattr(error, "reports", ())
+            _print_json(
+                {"error": text, "kind": type(error).__name__, "artifacts": [_report_json(report) for report in reports]}
+            )
         click.echo(f"error: {text}", err=True)
         code = 1
     except BrokenPipeError:

@@ -24,7 +24,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 # A YAML file of pipelines has tens of nodes a model; a file of aliases can claim billions.
 MAX_NODES = 100_000
 MAX_DEPTH = 50
-# The oldest operator set with LayerNormalization (17) and the newest that torch's exporter writes.
+# The oldest and the newest operator set that torch's exporter writes.
 MIN_OPSET, MAX_OPSET = 18, 23
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -10,8 +11,13 @@ FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", 
 ARM_FEATURES = ("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2")
 
 
+# Variables by which users cap the instructions, or change the arithmetic, of the libraries that compute here.
+VARIABLES = ("ATEN_CPU_CAPABILITY", "DNNL_", "MKL_", "ONEDNN_")
+
+
 def features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The architecture and the features, such as `x86_64 avx2 fma avx512f`; the architecture alone off Linux."""
+    """The architecture and the features, such as `x86_64 avx2 fma avx512f`; the architecture alone off Linux. Variables
+    that cap them follow, as `NAME=value`."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -24,4 +30,5 @@ def features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     }
     machine = platform.machine()
     known = FEATURES if machine in ("x86_64", "AMD64") else ARM_FEATURES
-    return " ".join([machine, *(name for name in known if name in words)])
+    caps = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(VARIABLES))
+    return " ".join([machine, *(name for name in known if name in words), *caps])

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from compiler.backends import BACKENDS
 from compiler.config import ModelSpec, OnnxTargets, Targets, parse
 from compiler.errors import ConfigError, SourceError
-from compiler.sources import read_config, resolve
+from compiler.sources import infer_task, read_config, resolve
 from compiler.store import write_file, writing
-from compiler.tasks import TASKS, example, infer
+from compiler.tasks import TASKS, example
 
 TEMPLATE = """\
 # What to compile, and how close it must stay. `compile {file}` builds it; `compile plan {file}` says what would run.
@@ -90,10 +90,8 @@ def write(
     if snapshot.revision is not None:
         source = plain = snapshot.uri  # a branch moves, a commit does not
     if task is None:
-        module_files = any(file.path == "modules.json" for file in snapshot.support)
-        has_config = any(file.path == "config.json" for file in snapshot.support)
         try:
-            task = infer(config, module_files) if has_config else "feature-extraction"
+            task = infer_task(snapshot)
         except SourceError as error:
             raise SourceError(str(error).replace("set task: to", "give --task,")) from error
     positions = config.get("max_position_embeddings")

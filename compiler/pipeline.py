@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from compiler.build import Build, Context, Release
 from compiler.config import ModelSpec, Pipeline
@@ -11,13 +11,14 @@ from compiler.plan import make_plan
 from compiler.sources import resolve
 
 
-def build(pipeline: Pipeline, context: Context, only: Sequence[str] = ()) -> list[Release]:
-    """Build the models of a pipeline, or those named in `only`, one after the other.
+def build(pipeline: Pipeline, context: Context, only: Sequence[str] = ()) -> Iterator[Release]:
+    """Build the models of a pipeline, or those named in `only`, one after the other; each is given as it is released.
 
     Raises:
         CompileError: a model cannot be built, or does not pass its gate; those before it are released.
     """
-    return [build_model(spec, context) for spec in select(pipeline, only)]
+    for spec in select(pipeline, only):
+        yield build_model(spec, context)
 
 
 def build_model(spec: ModelSpec, context: Context) -> Release:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +14,33 @@ from compiler import cpu
 from compiler.backends import BACKENDS
 from compiler.config import ModelSpec
 from compiler.errors import ConfigError
-from compiler.hashing import canonical, digest, file_sha256
+from compiler.hashing import digest, file_sha256, hash_files
 from compiler.manifest import differences
-from compiler.sources import read_config
+from compiler.sources import infer_task
 from compiler.store import Step, Store
-from compiler.tasks import infer, parse_line
+from compiler.tasks import parse_line
 from compiler.types import Snapshot, Target
 from compiler.workers import LOAD_THREADS, THREADS
 
 PACKAGE = Path(__file__).parent
 # Text of the compiler's own, for a model whose user names none.
 BUILTIN_TEXT = PACKAGE / "data" / "validation.jsonl"
-LOAD_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "optimum", "numpy")
+LOAD_LIBRARIES = (
+    "accelerate",
+    "gguf",
+    "huggingface-hub",
+    "numpy",
+    "optimum",
+    "protobuf",
+    "safetensors",
+    "sentencepiece",
+    "tiktoken",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+# Modules of ours that talk to the user, and shape no byte of a release.
+TALK = ("__main__.py", "bench.py", "cli.py", "init.py", "progress.py")
 # Files of a checkpoint that travel with a release but that no computation reads.
 DOCUMENTS = (".md", "LICENSE", "NOTICE")
 
@@ -75,20 +90,15 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         ConfigError: the data cannot be read or does not fit the task.
         SourceError: the task cannot be inferred.
     """
-    config = read_config(snapshot)
-    if spec.task is not None:
-        task: str = spec.task
-    elif any(file.path == "config.json" for file in snapshot.support):
-        task = infer(config, any(file.path == "modules.json" for file in snapshot.support))
-    else:
-        task = "feature-extraction"  # a GGUF does not say what its head is for
+    task: str = spec.task or infer_task(snapshot)
     texts = read_texts(spec, task, folder)
     checkpoint = {f"source {file.path}": file.sha256 for file in snapshot.files if not file.path.endswith(DOCUMENTS)}
     common = {"task": task, "trust_remote_code": str(spec.trust_remote_code), **checkpoint}
 
-    def step(stage: str, target: str, inputs: Mapping[str, str], libraries: Sequence[str], code: Sequence[str]) -> Step:
-        used = {name: version(name) for name in libraries}
-        used |= {f"code {name}": _code(name) for name in code}
+    def step(stage: str, target: str, inputs: Mapping[str, str], libraries: Iterable[str], backend: str = "") -> Step:
+        used = {name: version(name) for name in libraries} | {"code": _code()}
+        if backend:
+            used[f"code of {backend}"] = file_sha256(PACKAGE / "backends" / f"{backend}.py")
         return Step(str(spec), stage, target, dict(sorted({**inputs, **used}.items())))
 
     load = step(
@@ -100,9 +110,9 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             "batch": " ".join(map(str, spec.shapes.batch)),
             "sequence": " ".join(map(str, spec.shapes.sequence or ())) or "default",
             "threads": str(LOAD_THREADS),
+            "cpu": cpu.features(),
         },
         LOAD_LIBRARIES,
-        ("stages/load.py", "numerics.py", "sources.py"),
     )
     exports: dict[Target, Step] = {}
 
@@ -117,8 +127,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
                 source = Target(target.format, precision, target.opset)
                 inputs[f"step export {source}"] = add(source).key
             libraries = {*backend.LIBRARIES, *(() if precision else LOAD_LIBRARIES)}
-            code = ("stages/export.py", "stages/load.py", f"backends/{target.format}.py")
-            exports[target] = step("export", str(target), inputs, sorted(libraries), code)
+            exports[target] = step("export", str(target), inputs, libraries, target.format)
         return exports[target]
 
     validates = {}
@@ -127,14 +136,12 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         backend = BACKENDS[target.format]
         inputs = {
             "cpu": cpu.features(),
-            "runtime": canonical(backend.runtime(target.precision)).decode(),
+            "runtime": " ".join(f"{key}={value}" for key, value in sorted(backend.runtime(target.precision).items())),
             "step load": load.key,
             f"step export {target}": made.key,
             "threads": str(THREADS),
         }
-        inputs["runtime"] = " ".join(f"{key}={value}" for key, value in sorted(backend.runtime(target.precision).items()))
-        code = ("stages/validate.py", "numerics.py", f"backends/{target.format}.py")
-        validates[target] = step("validate", str(target), inputs, sorted(backend.LIBRARIES), code)
+        validates[target] = step("validate", str(target), inputs, backend.LIBRARIES, target.format)
 
     limits = {
         f"limits {precision}": " ".join(
@@ -157,7 +164,6 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             "targets": ", ".join(map(str, validates)),
         },
         (),
-        ("stages/package.py", "manifest.py"),
     )
     return Plan(spec, task, snapshot, texts, load, exports, validates, package)
 
@@ -197,9 +203,11 @@ def version(distribution: str) -> str:
 
 
 @functools.cache
-def _code(name: str) -> str:
-    """The hash of one of our own modules: a stage's version that nobody can forget to raise."""
-    return file_sha256(PACKAGE / name)
+def _code() -> str:
+    """The hash of our own modules, but for the backends' and those that only talk: a version that raises itself."""
+    modules = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+    shaping = [name for name in modules if name not in TALK and not name.startswith("backends/")]
+    return digest([[file.path, file.sha256] for file in hash_files(PACKAGE, shaping)])
 
 
 def why(step: Step, previous: Mapping[str, str] | None, store: Store) -> str | None:

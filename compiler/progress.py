@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,7 +35,6 @@ class Display:
         self._lock = threading.Lock()
         self._verbose_folder = verbose_folder
         self._read: dict[Path, int] = {}
-        self._begun = time.time()
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -66,11 +64,9 @@ class Display:
         """What was added to the build's log since the last step ended."""
         if self._verbose_folder is None:
             return
-        log = self._verbose_folder / event.model.replace(" ", "-") / "build.log"
+        log = self._verbose_folder / Path(*event.model.split(" ")) / "build.log"
         try:
             with open(log, "rb") as stream:
-                if log not in self._read and log.stat().st_mtime < self._begun:
-                    return
                 stream.seek(self._read.get(log, 0))
                 added = stream.read()
         except OSError:

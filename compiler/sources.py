@@ -8,6 +8,7 @@ sight, so it can neither change a result nor travel with a release.
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.util
 import json
 import os
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from compiler.errors import SourceError
-from compiler.hashing import hash_files
+from compiler.hashing import canonical, hash_files, list_files
+from compiler.tasks import infer
 from compiler.types import File, Snapshot
 
 if TYPE_CHECKING:
@@ -146,7 +148,7 @@ def _shards(index: Any, name: str, present: Collection[str]) -> list[str]:
 
 def _module_files(modules: Any, present: Collection[str], spec: ModelSpec) -> list[str]:
     """The files of sentence-transformers' modules (`1_Pooling/config.json`, `2_Dense/model.safetensors` …)."""
-    found = []
+    found: list[str] = []
     for module in modules if isinstance(modules, list) else []:
         folder = module.get("path", "") if isinstance(module, dict) else ""
         if not folder:
@@ -155,6 +157,10 @@ def _module_files(modules: Any, present: Collection[str], spec: ModelSpec) -> li
             raise SourceError(f"modules.json: path {folder!r} leads out of the checkpoint's folder")
         folder = str(PurePosixPath(folder))  # `./1_Pooling/` is 1_Pooling
         inner = [name for name in sorted(present) if name.startswith(f"{folder}/") and name not in found]
+        if folder in present:
+            found.append(folder)  # a link: whether it leads out is looked at with the files
+        elif not inner and not any(name.startswith(f"{folder}/") for name in found) and not _bare(module):
+            raise SourceError(f"modules.json: module {folder!r} is not in the checkpoint; fetch it whole")
         safe = [name for name in inner if name.endswith((".json", ".safetensors", ".txt"))]
         pickles = [name for name in inner if name.endswith(PICKLE)]
         if pickles and not any(name.endswith(".safetensors") for name in safe):
@@ -168,18 +174,18 @@ def _module_files(modules: Any, present: Collection[str], spec: ModelSpec) -> li
     return found
 
 
+def _bare(module: dict[str, Any]) -> bool:
+    """Whether a module of sentence-transformers has nothing to save, and so no files."""
+    return str(module.get("type", "")).rpartition(".")[2] == "Normalize" or str(module.get("path")).endswith("_Normalize")
+
+
 def _list_folder(root: Path) -> list[str]:
-    """The names in a checkpoint's folder and one level below it."""
-    names = []
+    """The names of the files in a checkpoint's folder and below it."""
     try:
-        for entry in os.scandir(root):
-            if entry.is_dir():
-                names += [f"{entry.name}/{inner.name}" for inner in os.scandir(entry.path) if not inner.is_dir()]
-            else:
-                names.append(entry.name)
+        os.scandir(root).close()
+        return list_files(root)
     except OSError as error:
         raise SourceError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    return sorted(names)
 
 
 def _inside(root: Path, name: str) -> Path:
@@ -188,14 +194,14 @@ def _inside(root: Path, name: str) -> Path:
     A hub's cache is the one place where links are at home: there a snapshot's files link to `blobs/` beside it.
     """
     path = root / name
-    home = root.resolve()
-    if home.parent.name == "snapshots" and (home.parent.parent / "blobs").is_dir():
-        home = home.parent.parent
+    homes = [root.resolve()]
+    if homes[0].parent.name == "snapshots":
+        homes.append(homes[0].parent.parent / "blobs")
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError):
         raise SourceError(f"{name}: a link that leads nowhere; fetch the checkpoint again") from None
-    if not real.is_relative_to(home):
+    if not any(real.is_relative_to(home) for home in homes):
         raise SourceError(f"{name}: a link that leads out of the checkpoint's folder; put the file itself there")
     if not real.is_file():
         raise SourceError(f"{name}: not a regular file")
@@ -266,7 +272,9 @@ def _download(spec: ModelSpec, rest: str) -> tuple[Path, str]:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.file_download import repo_folder_name
 
     try:
         info = HfApi().model_info(repo, revision=revision)
@@ -277,19 +285,30 @@ def _download(spec: ModelSpec, rest: str) -> tuple[Path, str]:
             return Path(hf_hub_download(repo, name, revision=commit))
 
         weights, support = _select(names, lambda name: _read_json(fetch(name), name), spec)
-        paths = {name: fetch(name) for name in weights + support}
-        first = weights[0]
-        return Path(str(paths[first])[: -len(first) - 1]), commit
+        patterns = [glob.escape(name) for name in weights + support]
+        root = Path(snapshot_download(repo, revision=commit, allow_patterns=patterns))
+        files = {file.path: file.sha256 for file in hash_files(root, weights + support)}
+        _whole(root).write_bytes(canonical(files))
+        return root, commit
     except SourceError:
         raise
     except HFValidationError as error:
         raise SourceError(f"hf:{repo}@{revision}: no repository can be called so ({' '.join(str(error).split())})") from error
     except Exception as error:  # the library lets through what its HTTP client, and other servers' answers, raise
         if re.fullmatch("[0-9a-f]{40}", revision) and not _refused(error):
-            # A commit never changes: what an earlier build fetched is as good as the hub.
+            # A commit never changes: what an earlier build fetched, all of it, is as good as the hub.
             with contextlib.suppress(Exception):
-                return Path(snapshot_download(repo, revision=revision, local_files_only=True)), revision
+                root = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / revision
+                fetched = json.loads(_whole(root).read_bytes())
+                if {file.path: file.sha256 for file in hash_files(root, fetched)} == fetched:
+                    return root, revision
         _fail(repo, revision, error)
+
+
+def _whole(root: Path) -> Path:
+    """The note beside a hub's snapshot that says which of its files were fetched, once all were: a download that was
+    interrupted leaves none, and other tools fetch other files."""
+    return root.parent.parent / f"compile-{root.name}.json"
 
 
 def _refused(error: BaseException) -> bool:
@@ -310,6 +329,14 @@ def _fail(repo: str, revision: str, error: BaseException) -> NoReturn:
     else:
         reason = f"the hub could not be reached ({type(error).__name__}); check the network and HF_ENDPOINT"
     raise SourceError(f"hf:{repo}@{revision}: {reason}") from error
+
+
+def infer_task(snapshot: Snapshot) -> str:
+    """The task of a checkpoint. Raises SourceError when its config does not tell."""
+    names = {file.path for file in snapshot.support}
+    if "config.json" not in names:
+        return "feature-extraction"  # a GGUF does not say what its head is for
+    return infer(read_config(snapshot), "modules.json" in names)
 
 
 def tokenizer_files(names: Iterable[str]) -> list[str]:

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from compiler import workers
 from compiler.errors import CompileError, StageError
 from compiler.hashing import canonical, digest, hash_folder, sync
 from compiler.types import File
@@ -29,6 +31,10 @@ ENTRY = "entry.json"
 SCRATCH = "scratch-"
 # A disk with less than this left is full: no artifact fits.
 FULL_BYTES = 1 << 20
+# How long to wait for a lock before looking whether the build was stopped.
+LOCK_SECONDS = 0.2
+# A scratch folder's lock comes before the folder; without one for this long, its maker died in between.
+LONELY_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,6 @@ class Entry:
     files: tuple[File, ...]
     info: dict[str, Any]
 
-    def digest(self) -> str:
-        return digest([asdict(file) for file in self.files])
-
 
 class Store:
     """A folder of entries, safe to share between processes."""
@@ -76,24 +79,18 @@ class Store:
         return (self.path(step) / ENTRY).is_file()
 
     def look(self, step: Step) -> Entry | None:
-        """The entry, re-hashed; None when there is none. A damaged one is removed."""
+        """The entry, re-hashed; None when there is none, or it is damaged: the next to make it replaces it."""
         path = self.path(step)
         try:
             stored = json.loads((path / ENTRY).read_text(encoding="utf-8"))
             files = tuple(File(**file) for file in stored["files"])
-            sound = (
+            if not (
                 stored["inputs"] == dict(step.inputs)
                 and stored["digest"] == digest({name: stored[name] for name in ("files", "info", "inputs")})
                 and tuple(file for file in hash_folder(path) if file.path != ENTRY) == files
-            )
-        except FileNotFoundError:
-            if not path.exists():
+            ):
                 return None
-            sound = False
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            sound = False
-        if not sound:
-            remove(path)
             return None
         return Entry(path, step.key, files, stored["info"])
 
@@ -109,17 +106,19 @@ class Store:
         path = self.path(step)
         with writing(self.root, "the cache"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{path}.lock"):
+            with locked(Path(f"{path}.lock")):
                 if use_cache and (entry := self.look(step)):
                     return entry, True
                 with scratch(self.root) as aside:
-                    info = self._made(make, aside)
-                    files = hash_folder(aside)
-                    stored = {"files": [asdict(file) for file in files], "info": info, "inputs": dict(step.inputs)}
-                    write_file(aside / ENTRY, canonical({**stored, "digest": digest(stored)}))
-                    remove(path)
-                    os.rename(aside, path)
-        return Entry(path, step.key, files, json.loads(canonical(info))), False
+                    info = json.loads(canonical(self._made(make, aside)))
+                    made = Entry(path, step.key, hash_folder(aside), info)
+                    # Somebody may be reading an entry that is there; the same again need not replace it.
+                    if self.look(step) != made:
+                        stored = {"files": [asdict(file) for file in made.files], "info": info, "inputs": dict(step.inputs)}
+                        write_file(aside / ENTRY, canonical({**stored, "digest": digest(stored)}))
+                        remove(path)
+                        os.rename(aside, path)
+        return made, False
 
     def _made(self, make: Callable[[Path], dict[str, Any]], aside: Path) -> dict[str, Any]:
         """What `make` returns. Native writers do not say that a disk is full: they abort, or fail in their own words."""
@@ -129,6 +128,23 @@ class Store:
             if shutil.disk_usage(aside).free < FULL_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
             raise
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that only one process, and one thread of it, has at a time; give up when the build is stopped."""
+    lock = FileLock(path)
+    while True:
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+            break
+        except Timeout:
+            if workers.stopped():
+                raise StageError("stopped") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -155,6 +171,9 @@ def sweep(parent: Path) -> None:
         folder = name.with_suffix("")
         # Not yet a folder: its maker stands between making the lock's file and locking it.
         if not folder.is_dir():
+            with contextlib.suppress(OSError):
+                if time.time() - name.stat().st_mtime > LONELY_SECONDS:
+                    os.unlink(name)
             continue
         with contextlib.suppress(Timeout, OSError), FileLock(name, timeout=0):
             # Its maker had it locked when there was a folder, and never locks it again: this file is ours to remove,

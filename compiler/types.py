@@ -60,6 +60,15 @@ class Signature:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Signature:
+        """A signature from what `dataclasses.asdict` made of one, also by way of JSON."""
+        sides = (
+            tuple(Tensor(tensor["name"], tensor["dtype"], tuple(tensor["shape"])) for tensor in value[side])
+            for side in ("inputs", "outputs")
+        )
+        return cls(*sides)
+
 
 @dataclass(frozen=True)
 class Model:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ from compiler.numerics import judge
 from compiler.sources import resolve
 from compiler.stages.load import REFERENCE, reference_again
 from compiler.stages.validate import validate
-from compiler.store import Step, Store, write_file, writing
+from compiler.store import Step, Store, scratch, write_file, writing
 from compiler.types import Check, Event, Report, Snapshot
 
 T = TypeVar("T")
@@ -62,6 +61,11 @@ def read_validation(path: Path) -> dict[str, Any]:
     if not isinstance(validation, dict):
         raise ReleaseError(f"{path / VALIDATION}: not what a build writes; the release is damaged")
     return validation
+
+
+def read_known(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """What a build knew of a release's samples, as `compiler.stages.load.reference` returned it."""
+    return {**read_validation(path)["known"], "signature": asdict(manifest.signature)}
 
 
 def record_benchmark(path: Path, benchmark: Mapping[str, Any]) -> None:
@@ -133,18 +137,19 @@ def verify_numerics(
         tell(Event(model, step, "run", time.monotonic() - started))
         return result
 
-    with tempfile.TemporaryDirectory(prefix="compile-verify-") as name:
-        log = Path(name) / "verify.log"
-        known = validation["known"]
+    with writing(store.root, "the cache"), scratch(store.root) as aside:
+        log = store.root / "verify.log"
+        log.write_bytes(b"")
+        known = read_known(path, manifest)
         made = manifest.steps.get("load")
         cached = store.look(Step(model, "load", "", made.inputs)) if made else None
         if cached is not None and source is None:
             reference = cached.root / REFERENCE
         else:
             snapshot = find_original(manifest, source, options)
-            arguments = (Path(name), snapshot, manifest.task, path / SAMPLES, known, options)
+            arguments = (aside, snapshot, manifest.task, path / SAMPLES, known, options)
             timed("load", lambda: workers.run(reference_again, *arguments, log=log))
-            reference = Path(name) / REFERENCE
+            reference = aside / REFERENCE
         reports = []
         for artifact in manifest.artifacts:
             target = f"{artifact.format} {artifact.precision}"
@@ -182,8 +187,11 @@ def find_original(manifest: Manifest, source: str | None, options: Mapping[str, 
         targets=Targets(onnx=OnnxTargets(precisions=("fp32",))),
     )
     try:
-        return resolve(spec, Path())
+        snapshot = resolve(spec, Path())
     except SourceError as error:
         if source is not None:
             raise
         raise SourceError(f"{error}; name the checkpoint with --source") from error
+    if more := sorted({file.path for file in snapshot.files} - set(pins)):
+        raise SourceError(f"{uri}: has {', '.join(more)}, which the release was not made from; give --source")
+    return snapshot

@@ -30,8 +30,11 @@ THREADS = 1
 # The reference is computed while nothing else runs.
 LOAD_THREADS = 2
 PRELOAD = ["compiler.preload"]
+# Where transformers copies a checkpoint's own code before it runs it, beside the log.
+MODULES = "modules"
 _running: set[multiprocessing.process.BaseProcess] = set()
 _lock = threading.Lock()
+_starting = threading.Lock()
 _started = False
 _stopped = False
 
@@ -39,14 +42,13 @@ _stopped = False
 def start(log: Path) -> None:
     """Start the server and its imports, which take seconds, without waiting for them. Its output goes to `log`."""
     global _started
-    with _lock:
-        if _started:
-            return
-        _started = True
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with quiet_environment(), _output_to(log):
-        multiprocessing.forkserver.ensure_running()
+    with _starting:
+        if not _started:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(PRELOAD)
+            with _environment(log.parent), _output_to(log):
+                multiprocessing.forkserver.ensure_running()
+            _started = True
 
 
 def run(job: Callable[..., T], *args: Any, log: Path) -> T:
@@ -60,11 +62,13 @@ def run(job: Callable[..., T], *args: Any, log: Path) -> T:
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_main, args=(sender, str(log), job, args), daemon=True)
+    if stopped():
+        raise StageError("stopped")
+    process.start()  # waits for the server's imports, so it holds no lock that `stop` needs
     with _lock:
-        if _stopped:
-            raise StageError("stopped")
-        process.start()
         _running.add(process)
+        if _stopped:
+            process.kill()
     sender.close()
     try:
         kind, value = receiver.recv()
@@ -95,6 +99,12 @@ def stop() -> None:
         _stopped = True
         for process in _running:
             process.kill()
+
+
+def stopped() -> bool:
+    """Whether `stop` was called."""
+    with _lock:
+        return _stopped
 
 
 def reset() -> None:
@@ -144,9 +154,11 @@ def _die_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def quiet_environment() -> Iterator[None]:
-    """Settings that libraries read when they are imported: nothing phones home, no bars, no advice."""
+def _environment(folder: Path) -> Iterator[None]:
+    """Settings that libraries read when they are imported: nothing phones home, no bars, no advice. What a checkpoint's own
+    code makes transformers write goes below `folder`."""
     settings = {
+        "HF_MODULES_CACHE": str(folder.absolute() / MODULES),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -145,7 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(404, "", "Not found.")
 
     def _info(self, path: str) -> None:
-        name, _, revision = path.partition("/revision/")
+        kind = "/tree/" if "/tree/" in path else "/revision/"
+        name, _, revision = path.partition(kind)
         repository = self.owner.repositories.get(name)
         if repository is None:
             # As the real one does: who is not logged in is not told whether there is such a repository.
@@ -154,6 +155,11 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self._commit(repository, revision or "main")
         if commit is None:
             self._fail(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return
+        if kind == "/tree/":
+            files = repository.commits[commit].items()
+            tree = [{"type": "file", "path": file, "size": len(value), "oid": _etag(value)} for file, value in sorted(files)]
+            self._send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
             return
         siblings = [{"rfilename": file} for file in sorted(repository.commits[commit])]
         info = {"_id": "1", "id": name, "modelId": name, "sha": commit, "private": False, "tags": [], "siblings": siblings}

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from compiler.bench import EAGER, TEXT, Result, Timing
+from compiler.bench import EAGER, Result, Timing
 from compiler.manifest import from_bytes
+from compiler.samples import TEXT
 from tests.conftest import Command, error_line, write_pipeline
 
 TARGETS = {"torchscript": ["fp32"], "onnx": ["fp32"], "openvino": ["fp32"]}

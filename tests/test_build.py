@@ -103,7 +103,7 @@ def test_progress_is_ours_alone(command: Command, tmp_path: Path, bert: Path) ->
     assert all(line.startswith("tiny 1.0.0  ") for line in quiet.stderr.splitlines()), quiet.stderr
     assert quiet.stdout.splitlines()[0] == f"tiny 1.0.0  {tmp_path}/artifacts/tiny/1.0.0"
     assert quiet.stdout.count("passed") == 5
-    log = (tmp_path / "artifacts/.build/tiny-1.0.0/build.log").read_text()
+    log = (tmp_path / "artifacts/.build/tiny/1.0.0/build.log").read_text()
     assert "experimental" in log
     shutil.rmtree(tmp_path / "artifacts")
     loud = command(pipeline, "--verbose", cache=tmp_path / "other")
@@ -226,7 +226,7 @@ def test_failing_gate_releases_nothing(command: Command, tmp_path: Path, bert: P
     assert "FAILED" in result.stderr
     assert "passed" in result.stderr
     assert not (tmp_path / "artifacts/tiny").exists()
-    kept = tmp_path / "artifacts/.build/tiny-1.0.0/failed"
+    kept = tmp_path / "artifacts/.build/tiny/1.0.0/failed"
     assert (kept / "torchscript/model_bf16.pt").stat().st_size > 1000
     assert not (kept / "torchscript/model.pt").exists()
     assert json.loads((kept / "torchscript_bf16.json").read_text())["outputs"]["last_hidden_state"]["figures"]["cosine"] < 1
@@ -266,7 +266,7 @@ def test_interrupt_stops_at_once(tmp_path: Path, bert: Path) -> None:
     _, stderr = build.communicate(timeout=30)
     assert build.returncode == 130
     assert time.monotonic() - began < 3
-    assert "interrupted; nothing was released" in stderr
+    assert "interrupted; no release is half made" in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "artifacts/tiny").exists()
     assert gone(build.pid)

@@ -726,14 +726,30 @@ def test_commit_that_was_never_fetched_needs_a_hub(ask: Asked) -> None:
     assert "could not be reached" in ask(f"hf:o/n@{commit}")["error"]
 
 
-def test_commit_that_was_fetched_in_part_is_not_taken_for_whole(ask: Asked) -> None:
+@pytest.mark.parametrize("name", sorted(BASIC))
+def test_commit_that_was_fetched_in_part_is_not_taken_for_whole(ask: Asked, name: str) -> None:
     commit = ask.hub.add("o/n", BASIC)
     ask(f"hf:o/n@{commit}")
     (snapshot,) = ask.folder.glob(f"hf/hub/models--o--n/snapshots/{commit}")
-    (snapshot / "model.safetensors").unlink()
+    (snapshot / name).unlink()
     ask.hub.stop()
-    error = ask(f"hf:o/n@{commit}")["error"]
-    assert "reached" in error or "model.safetensors" in error
+    assert "could not be reached" in ask(f"hf:o/n@{commit}")["error"]
+
+
+def test_commit_that_another_tool_fetched_is_not_taken_for_whole(ask: Asked) -> None:
+    """Only a build that fetched every file says so; an interrupted one leaves no note."""
+    commit = ask.hub.add("o/n", BASIC)
+    ask(f"hf:o/n@{commit}")
+    (note,) = ask.folder.glob("hf/hub/models--o--n/compile-*.json")
+    note.unlink()
+    ask.hub.stop()
+    assert "could not be reached" in ask(f"hf:o/n@{commit}")["error"]
+
+
+def test_module_that_is_not_there(tmp_path: Path) -> None:
+    modules = [{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    lay(tmp_path / "c", {**BASIC, "modules.json": json.dumps(modules).encode()})
+    assert "module '1_Pooling' is not in the checkpoint" in refusal(tmp_path)
 
 
 def test_commit_that_a_hub_has_no_more_is_not_taken_from_the_cache(ask: Asked) -> None:

@@ -90,7 +90,7 @@ class TestResults:
     def test_the_callers_own_environment_is_as_before(self, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.delenv("DO_NOT_TRACK", raising=False)
-        with workers.quiet_environment():
+        with workers._environment(log.parent):
             assert os.environ["HF_HUB_OFFLINE"] == "1"
         assert os.environ["HF_HUB_OFFLINE"] == "0"
         assert "DO_NOT_TRACK" not in os.environ

@@ -23,4 +23,4 @@ def export(
     backend = BACKENDS[target.format]
     if exported is not None:
         return backend.reduce(out, exported, target.precision)
-    return backend.export(out, load(snapshot, task, **options), target)
+    return backend.export(out, load(snapshot, task, aside=out, **options), target)

@@ -14,8 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiler.errors import ConfigError, SourceError, StageError
+from compiler.errors import SourceError, StageError
+from compiler.hashing import hash_files
 from compiler.numerics import Case, rows
+from compiler.samples import LEFT, cases, read_cases
 from compiler.sources import read_config, tokenizer_files
 from compiler.tasks import TASKS
 from compiler.types import Model, Signature, Snapshot, Tensor
@@ -29,29 +31,31 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # The logits of a large vocabulary over many tokens would be gigabytes; then fewer rows are kept, spread evenly.
 MAX_REFERENCE_BYTES = 256 << 20
 MIN_ROWS = 16
-RIGHT, LEFT = "right padding", "left padding"
 SAMPLES, REFERENCE = "samples.safetensors", "reference.safetensors"
-# The longest sample, without padding, when the model's positions allow more than the configured shapes ask for.
-LONGEST = 512
-# Lines of text that are all run, in batches of so many.
-MAX_LINES, BATCH = 256, 8
 # Two runs of the original that give the same answer are this close, in units of the output's scale.
 SAME = 1e-3
 
 
-def load(snapshot: Snapshot, task: str, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Model:
-    """Load a checkpoint in eager fp32.
+def load(
+    snapshot: Snapshot,
+    task: str,
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    aside: Path | None = None,
+) -> Model:
+    """Load a checkpoint in eager fp32. Temporary files go below `aside`, which somebody sweeps when this process is killed.
 
     Raises:
-        SourceError: a file is damaged; the architecture is unknown or has no head for the task; a weight is missing, has
-            another shape than the config says; there is no tokenizer.
+        SourceError: a file is damaged, or changed since it was hashed; the architecture is unknown or has no head for the
+            task; a weight is missing, or has another shape than the config says; there is no tokenizer.
     """
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
     _check_tensors(snapshot)
     _check_config(read_config(snapshot))
-    with _only(snapshot) as folder:
+    with _only(snapshot, aside) as folder:
         gguf = next((file.path for file in snapshot.weights if file.path.endswith(".gguf")), None)
         extra: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
         extra |= {"trust_remote_code": trust_remote_code, "local_files_only": True}
@@ -174,18 +178,26 @@ def _names(names: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _only(snapshot: Snapshot) -> Iterator[Path]:
-    """A folder with links to the snapshot's files and nothing else.
+def _only(snapshot: Snapshot, aside: Path | None) -> Iterator[Path]:
+    """A folder with links to the snapshot's files and nothing else, below `aside`.
 
-    transformers looks for adapters, other weights and code beside a config; what was not hashed must not be found.
+    transformers looks for adapters, other weights and code beside a config; what was not hashed must not be found. And what
+    was hashed must be what was read: the files are hashed again afterwards.
     """
-    with tempfile.TemporaryDirectory(prefix="compile-") as name:
+    with tempfile.TemporaryDirectory(prefix="compile-", dir=aside) as name:
         folder = Path(name)
         for file in snapshot.files:
             link = folder / file.path
-            link.parent.mkdir(exist_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to((snapshot.root / file.path).resolve())
         yield folder
+    try:
+        again = hash_files(snapshot.root, [file.path for file in snapshot.files])
+    except OSError as error:
+        raise SourceError(f"{error.filename}: gone while it was read ({error.strerror}); build again") from error
+    for before, after in zip(snapshot.files, again, strict=True):
+        if before != after:
+            raise SourceError(f"{before.path}: changed while it was read; build again")
 
 
 @contextlib.contextmanager
@@ -221,6 +233,10 @@ def _is_pickle(snapshot: Snapshot) -> bool:
 
 def _check_config(config: Mapping[str, Any]) -> None:
     """What a config must not be, before a library makes something of it."""
+    code = config.get("auto_map")
+    for name in code.values() if isinstance(code, dict) else ():
+        if "--" in str(name):
+            raise SourceError(f"config.json: auto_map names code of another repository ({name}); put that code beside it")
     model_type = config.get("model_type", "-")
     if not isinstance(model_type, str) or not model_type:
         raise SourceError(f"config.json: model_type is {config['model_type']!r}, not a name; fetch the checkpoint again")
@@ -235,7 +251,7 @@ def _check_tensors(snapshot: Snapshot) -> None:
     """Open each safetensors file's header, which must cover the file exactly; the library checks that."""
     from safetensors import SafetensorError, safe_open
 
-    for file in snapshot.weights:
+    for file in snapshot.files:
         path = snapshot.root / file.path
         if file.path.endswith(".safetensors"):
             try:
@@ -243,7 +259,7 @@ def _check_tensors(snapshot: Snapshot) -> None:
                     pass
             except (SafetensorError, OSError) as error:
                 raise SourceError(f"{file.path}: damaged or cut short ({error}); fetch it again") from error
-        elif file.size == 0:
+        elif file.size == 0 and file in snapshot.weights:
             raise SourceError(f"{file.path}: empty; fetch it again")
 
 
@@ -307,51 +323,6 @@ def signature(model: Model) -> Signature:
     return Signature(tuple(Tensor(name, "int64", ("batch", "sequence")) for name in model.inputs), outputs)
 
 
-def cases(
-    model: Model, texts: Sequence[tuple[str, ...]], batches: Sequence[int], sequences: Sequence[int] | None
-) -> list[Case]:
-    """Real text, tokenized: every batch × sequence of the shapes without padding, padded right and left; odd, short and
-    longest shapes; and every line of the text, as many as `MAX_LINES`, in batches padded to their own longest.
-
-    Raises:
-        ConfigError: a sequence is longer than the model has positions.
-        SourceError: the tokenizer gives ids that the model has no embedding for.
-    """
-    import numpy as np
-
-    most = model.positions
-    if sequences is None:
-        sequences = sorted({length if most is None else min(length, most) for length in (16, 128)})
-    for length in sequences:
-        if most is not None and length > most:
-            raise ConfigError(f"shapes.sequence: {length} is longer than the model's {most} positions; at most {most}")
-    longest = max(sequences)
-    shapes = [
-        (batch, sequence, padding) for batch in batches for sequence in sequences for padding in ("no padding", RIGHT, LEFT)
-    ]
-    odd = max(longest - 1 - longest % 2, 5)
-    shapes += [(3, odd, RIGHT), (3, odd, LEFT), (1, 5, "no padding")]
-    shapes += [(1, min(most or LONGEST, max(LONGEST, longest)), "no padding")]
-    texts = _with_masks(model, texts)
-    found: list[Case] = []
-    for number, (batch, sequence, padding) in enumerate(shapes):
-        start = number * batch
-        chosen = [texts[(start + row) % len(texts)] for row in range(batch)]
-        if padding == "no padding":
-            rest = [texts[(start + row) % len(texts)][-1] for row in range(len(texts))]
-            chosen = [_lengthened(model, text, rest, sequence) for text in chosen]
-        side = "left" if padding == LEFT else "right"
-        found.append(Case(padding, tokenize(model, chosen, sequence, side)))
-    # Every line once, as a user would batch them: what is rare in one shape must not escape.
-    for start in range(0, min(len(texts), MAX_LINES), BATCH):
-        chosen = texts[start : start + BATCH]
-        inputs = tokenize(model, chosen, min(most or LONGEST, LONGEST), "right")
-        length = int(inputs["attention_mask"].sum(axis=1).max())
-        found.append(Case("text", {name: np.ascontiguousarray(value[:, :length]) for name, value in inputs.items()}))
-    _check_ids(model, found)
-    return found
-
-
 def _counted(model: Model, case: Case, left: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
     """Which rows count of the whole-text outputs (logits of a class, a pooled vector) of a sample that is padded on the
     left: those where the original's answers, `left`, are those to the same text padded on the right."""
@@ -369,57 +340,6 @@ def _counted(model: Model, case: Case, left: Mapping[str, np.ndarray[Any, Any]])
             error = np.abs(value - right[name]).reshape(len(value), -1).max(axis=1)
             counts[name] = error <= SAME * max(1.0, float(np.abs(right[name]).max()))
     return counts
-
-
-def tokenize(model: Model, texts: Sequence[tuple[str, ...]], sequence: int, side: str) -> dict[str, np.ndarray[Any, Any]]:
-    """Texts as int64 `[batch, sequence]`, cut and padded to exactly that length."""
-    import numpy as np
-
-    columns = [list(column) for column in zip(*texts, strict=True)]
-    encoded = model.tokenizer(
-        *columns,
-        truncation="longest_first",
-        max_length=sequence,
-        padding="max_length",
-        padding_side=side,
-        return_tensors="np",
-        return_token_type_ids="token_type_ids" in model.inputs or None,
-        return_attention_mask=True,
-    )
-    return {name: np.ascontiguousarray(encoded[name], dtype=np.int64) for name in model.inputs}
-
-
-def _lengthened(model: Model, text: tuple[str, ...], rest: Sequence[str], sequence: int) -> tuple[str, ...]:
-    """A text whose last part is long enough to fill `sequence` tokens, by adding the texts that follow it."""
-    long = text[-1]
-    while len(model.tokenizer(long, verbose=False)["input_ids"]) < 2 * sequence:
-        long = " ".join([long, *rest])
-    return (*text[:-1], long)
-
-
-def _with_masks(model: Model, texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """For fill-mask, texts with a masked word: where `[MASK]` or `<mask>` stands, or else the middle word."""
-    if model.task != "fill-mask":
-        return list(texts)
-    mask = model.tokenizer.mask_token
-    if mask is None:
-        raise SourceError("task: the tokenizer has no mask token, so fill-mask does not fit this checkpoint")
-    masked: list[tuple[str, ...]] = []
-    for (text,) in texts:
-        words = re.sub(r"\[MASK\]|<mask>", lambda _: mask, text).split(" ")
-        if mask not in text and mask not in words:
-            words[len(words) // 2] = mask
-        masked.append((" ".join(words),))
-    return masked
-
-
-def _check_ids(model: Model, found: Sequence[Case]) -> None:
-    config: Any = model.module.config
-    largest = max(int(case.inputs["input_ids"].max()) for case in found)
-    if largest >= config.vocab_size:
-        raise SourceError(
-            f"the tokenizer gives id {largest}, the model has {config.vocab_size} embeddings: they do not belong together"
-        )
 
 
 def reference(
@@ -445,7 +365,7 @@ def reference(
     from safetensors.numpy import save_file
 
     _set_threads()
-    model = load(snapshot, task, **options)
+    model = load(snapshot, task, aside=out, **options)
     found = cases(model, texts, batches, sequences)
     described = signature(model)
     keep = {}
@@ -481,25 +401,10 @@ def reference_again(
 ) -> None:
     """Write `reference.safetensors` for samples that an earlier `reference` made and described. Raises as it does."""
     _set_threads()
-    model = load(snapshot, task, **options)
-    outputs = [Tensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in known["signature"]["outputs"]]
+    model = load(snapshot, task, aside=out, **options)
+    outputs = Signature.from_json(known["signature"]).outputs
     answered = ((case, run_eager(model, case.inputs)) for case in read_cases(samples, known))
     _write_reference(out, answered, outputs, known["keep"])
-
-
-def read_cases(samples: Path, known: Mapping[str, Any]) -> list[Case]:
-    """The samples of a `samples.safetensors`, as `reference` described them."""
-    from safetensors.numpy import load_file
-
-    arrays = load_file(samples)
-    names = [tensor["name"] for tensor in known["signature"]["inputs"]]
-    found = []
-    for number, described in enumerate(known["cases"]):
-        inputs = {name: arrays[f"{number:03d}.{name}"] for name in names}
-        start = f"{number:03d}.counts."
-        counts = {name.removeprefix(start): value.astype(bool) for name, value in arrays.items() if name.startswith(start)}
-        found.append(Case(described["name"], inputs, counts))
-    return found
 
 
 def _write_reference(

@@ -9,8 +9,8 @@ from typing import Any
 from compiler.backends import BACKENDS
 from compiler.errors import NumericsError
 from compiler.numerics import Case, Pair, compare, rows
-from compiler.stages.load import read_cases
-from compiler.types import Artifact, Tensor
+from compiler.samples import read_cases
+from compiler.types import Artifact, Signature, Tensor
 from compiler.workers import THREADS
 
 
@@ -28,7 +28,7 @@ def validate(root: Path, artifact: Artifact, samples: Path, reference: Path, kno
     from safetensors.numpy import load_file
 
     expected = load_file(reference)
-    tensors = [Tensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in known["signature"]["outputs"]]
+    tensors = Signature.from_json(known["signature"]).outputs
     where = f"validate {artifact.format} {artifact.precision}"
     try:
         runner = BACKENDS[artifact.format].open(root, artifact, THREADS)

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from compiler.config import ModelSpec, OnnxTargets, Targets
 from compiler.errors import CompileError, ConfigError, SourceError, StageError
+from compiler.samples import read_cases
 from compiler.sources import resolve
-from compiler.stages.load import REFERENCE, SAMPLES, load, read_cases, reference, reference_again, run_eager, signature
+from compiler.stages.load import REFERENCE, SAMPLES, load, reference, reference_again, run_eager, signature
 from compiler.types import Model, Snapshot
 from tests.zoo import ZOO, save_checkpoint, save_tokenizer
 

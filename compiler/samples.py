@@ -1,0 +1,138 @@
+"""Samples: real text, tokenized over a matrix of shapes, for the original and every artifact alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compiler.errors import ConfigError, SourceError
+from compiler.numerics import Case
+from compiler.types import Model
+
+# What kind of padding a sample has; `TEXT` are the lines of the text as a user would batch them.
+NONE, RIGHT, LEFT, TEXT = "no padding", "right padding", "left padding", "text"
+# The longest sample, without padding, when the model's positions allow more than the configured shapes ask for.
+LONGEST = 512
+# Lines of text that are all run, in batches of so many.
+MAX_LINES, BATCH = 256, 8
+
+
+def cases(
+    model: Model, texts: Sequence[tuple[str, ...]], batches: Sequence[int], sequences: Sequence[int] | None
+) -> list[Case]:
+    """Real text, tokenized: every batch × sequence of the shapes without padding, padded right and left; odd, short and
+    longest shapes; and every line of the text, as many as `MAX_LINES`, in batches padded to their own longest.
+
+    Raises:
+        ConfigError: a sequence is longer than the model has positions, or the text is empty for the tokenizer.
+        SourceError: the tokenizer gives ids that the model has no embedding for.
+    """
+    most = model.positions
+    if sequences is None:
+        sequences = sorted({length if most is None else min(length, most) for length in (16, 128)})
+    for length in sequences:
+        if most is not None and length > most:
+            raise ConfigError(f"shapes.sequence: {length} is longer than the model's {most} positions; at most {most}")
+    longest = max(sequences)
+    shapes = [(batch, sequence, padding) for batch in batches for sequence in sequences for padding in (NONE, RIGHT, LEFT)]
+    odd = max(longest - 1 - longest % 2, 5)
+    shapes += [(3, odd, RIGHT), (3, odd, LEFT), (1, 5, NONE)]
+    shapes += [(1, min(most or LONGEST, max(LONGEST, longest)), NONE)]
+    texts = _with_masks(model, texts)
+    filler = _Filler(model, texts)
+    if not any(filler.lengths):
+        raise ConfigError("data.validation: no line of it holds a word that the tokenizer knows; give real text")
+    found: list[Case] = []
+    for number, (batch, sequence, padding) in enumerate(shapes):
+        start = number * batch
+        chosen = [texts[(start + row) % len(texts)] for row in range(batch)]
+        if padding == NONE:
+            chosen = [filler.fill(text, (start + row) % len(texts), sequence) for row, text in enumerate(chosen)]
+        side = "left" if padding == LEFT else "right"
+        found.append(Case(padding, tokenize(model, chosen, sequence, side)))
+    # Every line once, as a user would batch them: what is rare in one shape must not escape.
+    for start in range(0, min(len(texts), MAX_LINES), BATCH):
+        chosen = texts[start : start + BATCH]
+        inputs = tokenize(model, chosen, min(most or LONGEST, LONGEST), "right")
+        length = int(inputs["attention_mask"].sum(axis=1).max())
+        found.append(Case(TEXT, {name: np.ascontiguousarray(value[:, :length]) for name, value in inputs.items()}))
+    _check_ids(model, found)
+    return found
+
+
+def tokenize(model: Model, texts: Sequence[tuple[str, ...]], sequence: int, side: str) -> dict[str, np.ndarray[Any, Any]]:
+    """Texts as int64 `[batch, sequence]`, cut and padded to exactly that length."""
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    encoded = model.tokenizer(
+        *columns,
+        truncation="longest_first",
+        max_length=sequence,
+        padding="max_length",
+        padding_side=side,
+        return_tensors="np",
+        return_token_type_ids="token_type_ids" in model.inputs or None,
+        return_attention_mask=True,
+    )
+    return {name: np.ascontiguousarray(encoded[name], dtype=np.int64) for name in model.inputs}
+
+
+class _Filler:
+    """Texts that are long enough for a number of tokens, by adding the texts that follow them."""
+
+    def __init__(self, model: Model, texts: Sequence[tuple[str, ...]]) -> None:
+        self.texts = [text[-1] for text in texts]
+        encoded = model.tokenizer(self.texts, add_special_tokens=False, verbose=False)["input_ids"]
+        self.lengths = [len(ids) for ids in encoded]
+
+    def fill(self, text: tuple[str, ...], number: int, sequence: int) -> tuple[str, ...]:
+        """A text whose last part, the `number`th of all, has more than `sequence` tokens."""
+        parts, length = [text[-1]], self.lengths[number]
+        while length < 2 * sequence:
+            number = (number + 1) % len(self.texts)
+            parts.append(self.texts[number])
+            length += self.lengths[number]
+        return (*text[:-1], " ".join(parts))
+
+
+def _with_masks(model: Model, texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """For fill-mask, texts with a masked word: where `[MASK]` or `<mask>` stands, or else the middle word."""
+    if model.task != "fill-mask":
+        return list(texts)
+    mask = model.tokenizer.mask_token
+    if mask is None:
+        raise SourceError("task: the tokenizer has no mask token, so fill-mask does not fit this checkpoint")
+    masked: list[tuple[str, ...]] = []
+    for (text,) in texts:
+        words = re.sub(r"\[MASK\]|<mask>", lambda _: mask, text).split(" ")
+        if mask not in text and mask not in words:
+            words[len(words) // 2] = mask
+        masked.append((" ".join(words),))
+    return masked
+
+
+def _check_ids(model: Model, found: Sequence[Case]) -> None:
+    config: Any = model.module.config
+    largest = max(int(case.inputs["input_ids"].max()) for case in found)
+    if largest >= config.vocab_size:
+        raise SourceError(
+            f"the tokenizer gives id {largest}, the model has {config.vocab_size} embeddings: they do not belong together"
+        )
+
+
+def read_cases(samples: Path, known: Mapping[str, Any]) -> list[Case]:
+    """The samples of a `samples.safetensors`, as `reference` described them."""
+    from safetensors.numpy import load_file
+
+    arrays = load_file(samples)
+    names = [tensor["name"] for tensor in known["signature"]["inputs"]]
+    found = []
+    for number, described in enumerate(known["cases"]):
+        inputs = {name: arrays[f"{number:03d}.{name}"] for name in names}
+        start = f"{number:03d}.counts."
+        counts = {name.removeprefix(start): value.astype(bool) for name, value in arrays.items() if name.startswith(start)}
+        found.append(Case(described["name"], inputs, counts))
+    return found
