@@ -116,7 +116,7 @@ def bench(
         StageError: a subject does not run.
     """
     batches = dict(_batches(release, manifest, shapes))
-    snapshot = find_original(manifest, source, options)
+    snapshot = find_original(release, manifest, source, options)
     subjects = [Subject(EAGER, None)]
     subjects += [Subject(f"{artifact.format} {artifact.precision}", artifact) for artifact in manifest.artifacts]
     seconds: dict[tuple[str, str], list[list[float]]] = {}

@@ -117,6 +117,8 @@ class Build:
         """
         if not os.path.lexists(self.target):
             return None
+        if not (self.target / MANIFEST).is_file():
+            raise ReleaseError(f"{self.target}: is in the way and is no release (it has no {MANIFEST}); remove it")
         started = time.monotonic()
         manifest, reports = read_release(self.target)
         verify_files(self.target, manifest)
@@ -296,13 +298,10 @@ class Build:
 
     def _refusal(self, changes: Sequence[str]) -> ReleaseError:
         spec = self.plan.spec
-        free = spec.release
-        while (self.target.parent / free).exists():
-            free = next_release(free)
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         return ReleaseError(
             f"{spec}: is released already, with other content ({'; '.join(changes[:3])}{more}); a release never changes: "
-            f"set release: {free}"
+            f"set release: {free_release(self.target)}"
         )
 
     def _run(self, job: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -315,7 +314,7 @@ class Build:
         try:
             entry, cached = self.context.store.get_or_make(step, make, use_cache=self.context.use_cache)
         except CompileError as error:
-            self._tell(step.id, "failed", started)
+            self._tell(step.id, "stopped" if workers.stopped() else "failed", started)
             if str(error).startswith(step.stage) or isinstance(error, NumericsError):
                 raise
             raise type(error)(f"{self.plan.spec}: {step.id}: {error}") from error
@@ -358,7 +357,11 @@ class Build:
 
 
 def planned(spec: ModelSpec, folder: Path, output: Path, store: Store) -> list[dict[str, str]]:
-    """A model's steps as rows of `model`, `step`, `state` (`run`, `cached`, `current`, `refused`) and `why`."""
+    """A model's steps as rows of `model`, `step`, `state` (`run`, `cached`, `current`, `blocked`, `refused`) and `why`.
+
+    Raises:
+        ReleaseError: a release of that version is there and is damaged.
+    """
     plan = make_plan(spec, resolve(spec, folder), folder)
     target = output / spec.name / spec.release
     history = read_history(history_path(output, spec.name))
@@ -366,18 +369,34 @@ def planned(spec: ModelSpec, folder: Path, output: Path, store: Store) -> list[d
     current = None
     if os.path.lexists(target):
         manifest, _ = read_release(target)
+        verify_files(target, manifest)
         current = manifest.key == plan.package.key
+    failing = ""
     for step in plan.steps:
         reason = why(step, history.get(step.id), store)
         state = "cached" if reason is None else "run"
         if current:
             state, reason = "current", "the release is there and nothing changed"
+        elif step.stage == "validate" and state == "cached" and (verdict := _verdict(plan, step, store)):
+            reason = failing = verdict
         elif step is plan.package:
             state, reason = "run", "the release is not there yet"
             if current is False:
-                state, reason = "refused", f"release {spec.release} is there with other content; set another release:"
+                state = "refused"
+                reason = f"release {spec.release} is there with other content; set release: {free_release(target)}"
+            elif failing:
+                state, reason = "blocked", failing
         rows.append({"model": str(spec), "step": step.id, "state": state, "why": reason or "nothing changed"})
     return rows
+
+
+def _verdict(plan: Plan, step: Step, store: Store) -> str:
+    """Why a target whose figures are known does not pass its gate; empty when it does."""
+    target = next(target for target, validate in plan.validates.items() if validate is step)
+    entry = store.look(step)
+    checks = judge(entry.info["outputs"], plan.spec.budget.limits(target.precision)) if entry else ()
+    failed = [f"{check.name} {check.figure:.6g}, limit {check.limit:g}" for check in checks if not check.passed]
+    return f"{target} fails its gate: {failed[0]}" if failed else ""
 
 
 def next_release(release: str) -> str:
@@ -387,6 +406,14 @@ def next_release(release: str) -> str:
     if not number or not start.endswith("."):
         return f"{release}.1"
     return f"{start}{int(number) + 1}"
+
+
+def free_release(target: Path) -> str:
+    """The next version after a release's folder that is not taken."""
+    free = target.name
+    while os.path.lexists(target.parent / free):
+        free = next_release(free)
+    return free
 
 
 def history_path(output: Path, name: str) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import errno
 import json
 import os
 import signal
@@ -71,6 +73,7 @@ def build(
     from compiler.pipeline import build as run
     from compiler.progress import Display
 
+    _expect_file(pipeline)
     parsed = read(pipeline)
     where = output if output is not None else pipeline.parent / parsed.output
     with Display((where / FOLDER) if verbose else None) as display:
@@ -101,7 +104,7 @@ def build(
         _table(release.manifest, release.reports, release.path)
 
 
-@cli.command()
+@cli.command(short_help="List the steps, run or cached, and why.")
 @click.argument("pipeline", type=click.Path(path_type=Path), default=Path("pipeline.yaml"))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where releases go, instead of the pipeline's output:.")
 @click.option("--only", multiple=True, metavar="NAME", help="Plan this model only; may be given again.")
@@ -129,7 +132,7 @@ def plan(pipeline: Path, output: Path | None, only: tuple[str, ...], cache_dir: 
         click.echo(f"  {row['step']:<{width}}  {row['state']:<9}  {row['why']}".rstrip())
 
 
-@cli.command()
+@cli.command(short_help="Show what a release holds.")
 @click.argument("release", type=click.Path(path_type=Path))
 @json_option
 def inspect(release: Path, as_json: bool) -> None:
@@ -150,7 +153,7 @@ def inspect(release: Path, as_json: bool) -> None:
         click.echo(f"{side:<9} {', '.join(tensors)}")
     click.echo(f"length    at most {manifest.positions} tokens" if manifest.positions else "length    not bounded")
     if manifest.left_out:
-        click.echo(f"left out  {', '.join(manifest.left_out)}: no weights in the checkpoint, not needed for the task")
+        click.echo(f"left out  {', '.join(manifest.left_out)}")
     click.echo(f"made with python {manifest.python}, compile {manifest.compiler}, " + _pairs(manifest.libraries, " "))
     click.echo()
     _table(manifest, reports, release)
@@ -165,7 +168,7 @@ def inspect(release: Path, as_json: bool) -> None:
             click.echo(f"  {verdict:<8} {check.output} {check.name} {_figure(check.figure)} {relation} {check.limit:g}")
 
 
-@cli.command()
+@cli.command(short_help="Hash a release again; repeat its checks.")
 @click.argument("release", type=click.Path(path_type=Path))
 @click.option("--numerics", is_flag=True, help="Also reopen every artifact and repeat its checks.")
 @click.option("--source", help="Where the checkpoint is now, if not where the manifest says: path:, package: or hf:.")
@@ -194,7 +197,8 @@ def verify(
             reports = verify_numerics(release, manifest, _store(cache_dir), display.tell, source, options)
     count = len(manifest.every_file)
     if as_json:
-        _print_json({"release": str(release), "files": count, "checks": [_report_json(report) for report in reports]})
+        checks = [_report_json(report) for report in reports] if numerics else []
+        _print_json({"release": str(release), "files": count, "numerics": numerics, "checks": checks})
         return
     click.echo(f"{manifest.name} {manifest.release}: {count} files are what the manifest says")
     if numerics:
@@ -211,7 +215,7 @@ def _shape(context: click.Context, option: click.Parameter, values: tuple[str, .
     return tuple(found)
 
 
-@cli.command()
+@cli.command(short_help="Time a release's artifacts.")
 @click.argument("releases", metavar="RELEASE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--shape", "shapes", multiple=True, callback=_shape, metavar="BxS", help="Batch × sequence; may be given again.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of every runtime; as many as cores when left out.")
@@ -263,7 +267,7 @@ def bench(
         _print_json(results)
 
 
-@cli.command()
+@cli.command(short_help="Write a pipeline.yaml for a checkpoint.")
 @click.argument("checkpoint")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), help="The file to write.")
 @click.option("--task", help="Instead of the one that config.architectures tells.")
@@ -294,7 +298,7 @@ def init(
     click.echo(f"{output}: {written['name']} {written['release']}, {written['task']}; next: compile {output}")
 
 
-@cli.command()
+@cli.command(short_help="Print the JSON schema of pipeline.yaml.")
 @json_option
 def schema(as_json: bool) -> None:
     """Print the JSON schema of pipeline.yaml, for editors that complete and check YAML."""
@@ -302,6 +306,13 @@ def schema(as_json: bool) -> None:
 
     del as_json  # it is JSON either way
     _print_json(make())
+
+
+def _expect_file(pipeline: Path) -> None:
+    """A misspelt verb is taken for a pipeline's name, since `build` may be left out."""
+    close = difflib.get_close_matches(str(pipeline), cli.commands, n=1)
+    if close and not pipeline.exists():
+        raise click.UsageError(f"no such command or file: {pipeline}; did you mean {close[0]!r}?")
 
 
 def _store(cache_dir: Path | None) -> Any:
@@ -405,6 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         cli.main(args=given, prog_name="compile", standalone_mode=False)
+        sys.stdout.flush()
         code = 0
     except click.exceptions.Exit as error:
         code = error.exit_code
@@ -426,11 +438,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             )
         click.echo(f"error: {text}", err=True)
         code = 1
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 141
+        if error.errno == errno.EPIPE:
+            code = 141
+        elif error.errno == errno.ENOSPC and error.filename is None:
+            click.echo("error: standard output: no space is left; make room", err=True)
+            code = 1
+        else:
+            code = _bug()
     except Exception:
-        traceback.print_exc()
-        click.echo("this is a bug in compile: please report it with the lines above", err=True)
-        code = 3
+        code = _bug()
     sys.exit(code)
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    click.echo("this is a bug in compile: please report it with the lines above", err=True)
+    return 3

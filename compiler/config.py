@@ -302,7 +302,12 @@ def _problem(detail: Any, root: yaml.Node | None, where: str) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(expected)}"
         message = f"unknown value {detail['input']!r}; {hint}"
     elif kind == "string_type":
-        message = f"expected a text, found {_shown(detail['input'])}; put it in quotes"
+        whole = ' in full, such as "1.0.0"' if location[-1] == "release" else ""
+        message = f"expected a text, found {_shown(detail['input'])}; put it in quotes{whole}"
+    elif kind == "too_short":
+        message = "is empty; give at least one"
+    elif kind in ("bool_parsing", "bool_type"):
+        message = f"expected true or false, found {_shown(detail['input'])}"
     elif kind == "tuple_type":
         message = f"expected a list such as [a, b], found {_shown(detail['input'])}"
     elif kind in ("model_type", "dict_type"):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from compiler.backends import BACKENDS
 from compiler.config import ModelSpec, OnnxTargets, Targets, parse
 from compiler.errors import ConfigError, SourceError
-from compiler.sources import infer_task, read_config, resolve
+from compiler.sources import check_tokenizer, infer_task, read_config, resolve
 from compiler.store import write_file, writing
 from compiler.tasks import TASKS, example
 
@@ -86,6 +86,7 @@ def write(
         snapshot = resolve(spec, _real(output.parent))
     except SourceError as error:
         raise SourceError(str(error).replace("set allow_pickle: true", "give --allow-pickle")) from error
+    check_tokenizer(snapshot)
     config = read_config(snapshot)
     if snapshot.revision is not None:
         source = plain = snapshot.uri  # a branch moves, a commit does not

@@ -16,7 +16,7 @@ from compiler.config import ModelSpec
 from compiler.errors import ConfigError
 from compiler.hashing import digest, file_sha256, hash_files
 from compiler.manifest import differences
-from compiler.sources import infer_task
+from compiler.sources import check_tokenizer, infer_task
 from compiler.store import Step, Store
 from compiler.tasks import parse_line
 from compiler.types import Snapshot, Target
@@ -91,6 +91,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         SourceError: the task cannot be inferred.
     """
     task: str = spec.task or infer_task(snapshot)
+    check_tokenizer(snapshot)
     texts = read_texts(spec, task, folder)
     checkpoint = {f"source {file.path}": file.sha256 for file in snapshot.files if not file.path.endswith(DOCUMENTS)}
     common = {"task": task, "trust_remote_code": str(spec.trust_remote_code), **checkpoint}

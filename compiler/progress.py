@@ -18,6 +18,7 @@ SHOWN = {
     "current": "unchanged",
     "released": "released",
     "failed": "FAILED",
+    "stopped": "stopped",
     "waiting": "waiting",
 }
 STYLE = {"failed": "bold red", "released": "green", "run": "green", "waiting": "yellow"}

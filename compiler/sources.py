@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -339,6 +339,8 @@ def infer_task(snapshot: Snapshot) -> str:
     return infer(read_config(snapshot), "modules.json" in names)
 
 
-def tokenizer_files(names: Iterable[str]) -> list[str]:
-    """Those of the names that a tokenizer can be made from."""
-    return sorted(set(names) & TOKENIZER_FILES)
+def check_tokenizer(snapshot: Snapshot) -> None:
+    """Make sure that there is something to make a tokenizer from; a GGUF carries its own. Raises SourceError."""
+    names = {file.path for file in snapshot.files}
+    if not names & TOKENIZER_FILES and not any(name.endswith(".gguf") for name in names):
+        raise SourceError(f"{snapshot.uri}: no tokenizer beside the weights (tokenizer.json, vocab.txt …); add it")

@@ -75,7 +75,7 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
             continue
         value = line.get(name)
         if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{where}: field {name!r} is missing or not a text; a line for {task} is {example(task)}")
+            raise ConfigError(f"{where}: field {name!r} is missing, empty or not a text; a line for {task} is {example(task)}")
         values.append(value)
     return tuple(values)
 

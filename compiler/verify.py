@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Mapping
@@ -11,9 +12,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from compiler import workers
 from compiler.config import Limits, ModelSpec, OnnxTargets, Targets
-from compiler.errors import NumericsError, ReleaseError, SourceError
+from compiler.errors import ConfigError, NumericsError, ReleaseError, SourceError
 from compiler.hashing import hash_files, list_files
 from compiler.manifest import MANIFEST, SAMPLES, VALIDATION, Manifest, from_bytes, to_bytes
 from compiler.numerics import judge
@@ -146,7 +149,7 @@ def verify_numerics(
         if cached is not None and source is None:
             reference = cached.root / REFERENCE
         else:
-            snapshot = find_original(manifest, source, options)
+            snapshot = find_original(path, manifest, source, options)
             arguments = (aside, snapshot, manifest.task, path / SAMPLES, known, options)
             timed("load", lambda: workers.run(reference_again, *arguments, log=log))
             reference = aside / REFERENCE
@@ -173,11 +176,24 @@ def verify_numerics(
     return tuple(reports)
 
 
-def find_original(manifest: Manifest, source: str | None, options: Mapping[str, bool]) -> Snapshot:
+def _spec(**keys: Any) -> ModelSpec:
+    try:
+        return ModelSpec(**keys)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise ConfigError(f"--source {keys['source']}: {detail['msg']}") from error
+
+
+def find_original(path: Path, manifest: Manifest, source: str | None, options: Mapping[str, bool]) -> Snapshot:
     """The checkpoint that a release was made from, found again and compared file by file."""
     uri = source or manifest.source.uri
+    if not re.match(r"(path|package|hf):", uri):
+        uri = f"path:{uri}"
+    # A pipeline's paths start from its own folder, which by default holds the folder of the releases.
+    folders = [Path(), *([path.absolute().parents[2]] if len(path.absolute().parents) > 2 else [])]
+    folder = next((folder for folder in folders if (folder / uri.partition(":")[2]).exists()), Path())
     pins = {file.path: file.sha256 for file in manifest.source.files}
-    spec = ModelSpec(
+    spec = _spec(
         name=manifest.name,
         release=manifest.release,
         source=uri,
@@ -187,11 +203,13 @@ def find_original(manifest: Manifest, source: str | None, options: Mapping[str, 
         targets=Targets(onnx=OnnxTargets(precisions=("fp32",))),
     )
     try:
-        snapshot = resolve(spec, Path())
+        snapshot = resolve(spec, folder)
     except SourceError as error:
-        if source is not None:
-            raise
-        raise SourceError(f"{error}; name the checkpoint with --source") from error
+        text = str(error).replace("set allow_pickle: true", "give --allow-pickle")
+        if "pinned" in text:
+            raise SourceError(f"{uri}: is not the checkpoint that this release was made from; give --source") from error
+        hint = "" if "--allow-pickle" in text or source is not None else "; give --source, where the checkpoint is now"
+        raise SourceError(f"{text}{hint}") from error
     if more := sorted({file.path for file in snapshot.files} - set(pins)):
         raise SourceError(f"{uri}: has {', '.join(more)}, which the release was not made from; give --source")
     return snapshot

@@ -29,26 +29,32 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def run_command(
+    folder: Path,
+    cache: Path,
+    *arguments: object,
+    environment: dict[str, str] | None = None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """Run `compile ARGUMENTS` in a folder, with a stage cache, and return what it printed and its exit code."""
+    return subprocess.run(
+        [sys.executable, "-m", "compiler", *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "COMPILE_CACHE_DIR": str(cache), **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
 @pytest.fixture
 def command(tmp_path: Path, shared_cache: Path) -> Command:
-    """Run `compile ARGUMENTS` in `tmp_path` and return what it printed and its exit code.
+    """`run_command` in `tmp_path`; `cache` is the stage cache, `environment` adds variables."""
 
-    `cache` is the stage cache; `environment` adds variables.
-    """
-
-    def run(
-        *arguments: object, cache: Path = shared_cache, environment: dict[str, str] | None = None, timeout: float = 300
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "compiler", *map(str, arguments)],
-            cwd=tmp_path,
-            env={**os.environ, "COMPILE_CACHE_DIR": str(cache), **(environment or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
+    def run(*arguments: object, cache: Path = shared_cache, **options: Any) -> subprocess.CompletedProcess[str]:
+        return run_command(tmp_path, cache, *arguments, **options)
 
     return run
 

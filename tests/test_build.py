@@ -14,7 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
+from compiler.build import next_release
 from compiler.plan import why
 from compiler.store import ENTRY, Step, Store
 from tests.conftest import Command, error_line, write_pipeline
@@ -357,3 +359,70 @@ def test_only_builds_the_model_that_is_named(command: Command, tmp_path: Path, b
     assert [release["name"] for release in json.loads(result.stdout)] == ["other"]
     assert not (tmp_path / "artifacts/tiny").exists()
     assert "no such model" in error_line(command(pipeline, "--only", "nobody"))
+
+
+def test_interrupt_while_waiting_for_a_step_of_another_build(command: Command, tmp_path: Path, bert: Path) -> None:
+    """Ctrl-C stops a build that waits for a lock in the cache, not only one that works."""
+    cache = tmp_path / "cache"
+    pipeline = write_pipeline(tmp_path, bert)
+    assert command(pipeline, cache=cache).returncode == 0
+    (entry,) = (cache / "export").glob("*/entry.json")
+    shutil.rmtree(tmp_path / "artifacts")
+    shutil.rmtree(entry.parent)
+    with FileLock(f"{entry.parent}.lock"):
+        build = start(pipeline, cache)
+        wait_for("load +cached", build)
+        time.sleep(0.5)
+        began = time.monotonic()
+        os.kill(build.pid, signal.SIGINT)
+        build.communicate(timeout=30)
+    assert build.returncode == 130
+    assert time.monotonic() - began < 3
+
+
+def test_models_before_a_failure_are_released(command: Command, tmp_path: Path, bert: Path) -> None:
+    pipeline = write_pipeline(tmp_path, bert)
+    text = pipeline.read_text()
+    model = text[text.index("- name: tiny") :]
+    pipeline.write_text(text + model.replace("name: tiny", "name: second").replace(str(bert), str(tmp_path / "nothing")))
+    result = command(pipeline)
+    assert "no such file or folder" in error_line(result)
+    assert "passed" in result.stdout
+    assert command("verify", "artifacts/tiny/1.0.0").returncode == 0
+
+
+def test_debris_in_the_way(command: Command, tmp_path: Path, bert: Path) -> None:
+    (tmp_path / "artifacts/tiny/1.0.0").mkdir(parents=True)
+    assert "is in the way" in error_line(command(write_pipeline(tmp_path, bert)))
+
+
+def test_plan_knows_a_gate_that_failed(command: Command, tmp_path: Path, bert: Path) -> None:
+    pipeline = write_pipeline(tmp_path, bert, targets={"torchscript": ["bf16"]}, budget={"bf16": {"cosine": 1.0}})
+    failed = command(pipeline, "--json")
+    assert failed.returncode == 1
+    answer = json.loads(failed.stdout)
+    assert answer["kind"] == "NumericsError"
+    assert answer["artifacts"][0]["passed"] is False
+    planned = steps(command("plan", pipeline, "--json").stdout)
+    assert planned["package"][0] == "blocked"
+    assert "torchscript bf16 fails its gate: cosine 0." in planned["package"][1]
+
+
+def test_misspelt_verb(command: Command) -> None:
+    result = command("verfy")
+    assert result.returncode == 2
+    assert "did you mean 'verify'?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("release", "following"),
+    [
+        ("1.0.0", "1.0.1"),
+        ("1.2.9", "1.2.10"),
+        ("1.0.0-rc.1", "1.0.0-rc.2"),
+        ("1.0.0-rc", "1.0.0-rc.1"),
+        ("1.0.0-rc1", "1.0.0-rc1.1"),
+    ],
+)
+def test_next_release(release: str, following: str) -> None:
+    assert next_release(release) == following

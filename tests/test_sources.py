@@ -16,7 +16,7 @@ import pytest
 
 from compiler.config import ModelSpec
 from compiler.errors import SourceError
-from compiler.sources import read_config, resolve, tokenizer_files
+from compiler.sources import check_tokenizer, read_config, resolve
 from compiler.types import Snapshot
 from tests.conftest import Command, error_line, write_pipeline
 from tests.hub import Hub
@@ -130,8 +130,13 @@ def test_config_is_not_an_object(tmp_path: Path, config: bytes) -> None:
         read_config(found(tmp_path))
 
 
-def test_tokenizer_files() -> None:
-    assert tokenizer_files(["config.json", "vocab.txt", "tokenizer.json", "x"]) == ["tokenizer.json", "vocab.txt"]
+def test_tokenizer_is_looked_for(tmp_path: Path) -> None:
+    lay(tmp_path / "c", {name: content for name, content in BASIC.items() if name != "tokenizer.json"})
+    snapshot = found(tmp_path)
+    with pytest.raises(SourceError, match="no tokenizer beside the weights"):
+        check_tokenizer(snapshot)
+    (tmp_path / "c/vocab.txt").write_text("a")
+    check_tokenizer(found(tmp_path))
 
 
 # What is taken, and what is not.

@@ -18,7 +18,7 @@ from compiler.errors import SourceError, StageError
 from compiler.hashing import hash_files
 from compiler.numerics import Case, rows
 from compiler.samples import LEFT, cases, read_cases
-from compiler.sources import read_config, tokenizer_files
+from compiler.sources import check_tokenizer, read_config
 from compiler.tasks import TASKS
 from compiler.types import Model, Signature, Snapshot, Tensor
 from compiler.workers import LOAD_THREADS
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+# What a release may do without, as its manifest says it.
+POOLER = "pooler (the checkpoint has no weights for it, and features do not need it)"
+OWN_CODE = "the checkpoint's own Python code (auto_map; transformers' class of the same architecture is used)"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # The logits of a large vocabulary over many tokens would be gigabytes; then fewer rows are kept, spread evenly.
 MAX_REFERENCE_BYTES = 256 << 20
@@ -64,8 +67,7 @@ def load(
         automatic = _auto_class(task, config)
         if getattr(config, "is_encoder_decoder", False):
             raise SourceError(f"{snapshot.uri}: {config.model_type} has a decoder; only encoders can be compiled")
-        if not gguf and not tokenizer_files(file.path for file in snapshot.support):
-            raise SourceError(f"{snapshot.uri}: no tokenizer beside the weights (tokenizer.json, vocab.txt …); add it")
+        check_tokenizer(snapshot)
         with _explained(snapshot, "the tokenizer", trust_remote_code):
             tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
         for name, value in (("output_hidden_states", False), ("output_attentions", False), ("return_dict", True)):
@@ -105,7 +107,7 @@ def load(
         inputs=inputs,
         example=_example(config, task, inputs),
         positions=_positions(module),
-        left_out=left_out,
+        left_out=left_out if trust_remote_code or not getattr(config, "auto_map", None) else (*left_out, OWN_CODE),
     )
 
 
@@ -145,7 +147,7 @@ def _weights(
         # than ship one of random numbers.
         with _explained(snapshot, "the weights", extra["trust_remote_code"]):
             module, report = automatic.from_pretrained(folder, add_pooling_layer=False, **extra)
-        missing, left_out = sorted(report["missing_keys"]), ("pooler",)
+        missing, left_out = sorted(report["missing_keys"]), (POOLER,)
     if missing:
         raise SourceError(
             f"{snapshot.uri}: {len(missing)} weights of {type(module).__name__} are missing from the checkpoint: "
@@ -222,8 +224,10 @@ def _explained(snapshot: Snapshot, what: str, trust_remote_code: bool) -> Iterat
             names = re.findall(r"([\w.]+)\s*\|\s*MISMATCH|size mismatch for ([\w.]+)", str(error))
             found = sorted({first or second for first, second in names})
             reason = f"weights of another shape than config.json says: {_names(found) if found else text[:200]}"
+        elif any(file.path.endswith(".gguf") for file in snapshot.weights):
+            reason = f"{what} cannot be read from the GGUF ({text[:160]}); fetch it again, or use a safetensors checkpoint"
         else:
-            reason = f"{what} cannot be loaded: {type(error).__name__}: {text[:200]}"
+            reason = f"{what} cannot be loaded: {type(error).__name__}: {text[:200]}; fetch or save the checkpoint again"
         raise SourceError(f"{snapshot.uri}: {reason}") from error
 
 

@@ -19,11 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import compiler.stages.load
 from compiler.config import ModelSpec, OnnxTargets, Targets
 from compiler.errors import CompileError, ConfigError, SourceError, StageError
 from compiler.samples import read_cases
 from compiler.sources import resolve
-from compiler.stages.load import REFERENCE, SAMPLES, load, reference, reference_again, run_eager, signature
+from compiler.stages.load import OWN_CODE, POOLER, REFERENCE, SAMPLES, load, reference, reference_again, run_eager, signature
 from compiler.types import Model, Snapshot
 from tests.zoo import ZOO, save_checkpoint, save_tokenizer
 
@@ -184,13 +185,13 @@ class TestPooler:
     @pytest.mark.parametrize("name", ZOO)
     def test_features_of_a_masked_language_model_go_without(self, saved: Callable[..., Path], name: str) -> None:
         model = loaded(saved(name, MASKS))
-        assert model.left_out == (("pooler",) if name in WITH_POOLER else ())
+        assert model.left_out == ((POOLER,) if name in WITH_POOLER else ())
         assert [tensor.name for tensor in signature(model).outputs] == ["last_hidden_state"]
 
     @pytest.mark.parametrize("name", ["bert", "roberta"])
     def test_it_is_recorded(self, saved: Callable[..., Path], tmp_path: Path, name: str) -> None:
         known = small_reference(tmp_path / "out", saved(name, MASKS))
-        assert known["left_out"] == ["pooler"]
+        assert known["left_out"] == [POOLER]
         assert [output["name"] for output in known["signature"]["outputs"]] == ["last_hidden_state"]
 
     @pytest.mark.parametrize("name", sorted(WITH_POOLER))
@@ -730,3 +731,43 @@ def test_more_layers_than_the_config_says(tmp_path: Path, head: str, task: str) 
     folder = save_checkpoint(tmp_path / "checkpoint", "bert", head)
     change_config(folder, num_hidden_layers=1)
     refused(folder, "more layers than config.json says", "encoder.layer.1.", task=task)
+
+
+def test_a_file_that_changes_while_it_is_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was hashed must be what was loaded, or a release would name weights that it does not hold."""
+    snapshot = found(checkpoint)
+    original = compiler.stages.load._check_config
+
+    def swap(config: Mapping[str, Any]) -> None:
+        original(config)
+        change_weights(checkpoint, lambda tensors: tensors.update({name: value + 1 for name, value in tensors.items()}))
+
+    monkeypatch.setattr(compiler.stages.load, "_check_config", swap)
+    with pytest.raises(SourceError) as caught:
+        load(snapshot, FEATURES)
+    one_line(caught.value, "model.safetensors", "changed while it was read")
+
+
+def test_own_code_of_a_known_architecture_is_left_out(checkpoint: Path) -> None:
+    """It does not run unless it is trusted; the release says that it was left out."""
+    change_config(checkpoint, auto_map={"AutoModel": "modeling_x.Mine"})
+    assert loaded(checkpoint).left_out == (OWN_CODE,)
+
+
+def test_code_of_another_repository(checkpoint: Path) -> None:
+    change_config(checkpoint, auto_map={"AutoModel": "other/repo--modeling_x.Mine"})
+    refused(checkpoint, "auto_map", "other/repo--modeling_x.Mine")
+
+
+def test_damaged_weights_of_a_module(checkpoint: Path) -> None:
+    (checkpoint / "modules.json").write_text(json.dumps([{"path": "2_Dense", "type": "models.Dense"}]))
+    (checkpoint / "2_Dense").mkdir()
+    (checkpoint / "2_Dense/model.safetensors").write_bytes(b"x" * 100)
+    refused(checkpoint, "2_Dense/model.safetensors", "damaged")
+
+
+def test_text_without_a_word(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        reference(tmp_path / "out", found(checkpoint), FEATURES, [("\u200b",)], (1,), (16,), {})
+    one_line(caught.value, "data.validation")
