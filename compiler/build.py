@@ -157,6 +157,7 @@ class Build:
             key=exported.key,
             opset=exported.info["opset"],
             fusions=exported.info["fusions"],
+            declined=exported.info.get("declined", {}),
         )
         arguments = (exported.root, artifact, loaded.root / SAMPLES, loaded.root / REFERENCE, loaded.info)
         try:

@@ -161,6 +161,8 @@ def inspect(release: Path, as_json: bool) -> None:
         click.echo(f"\n{artifact.files[0].path}")
         click.echo(f"  runtime  {_pairs(artifact.runtime)}" + (f", opset {artifact.opset}" if artifact.opset else ""))
         click.echo(f"  fused    {_pairs(artifact.fusions, ' ') or 'nothing'}")
+        for name, reason in artifact.declined.items():
+            click.echo(f"  without  {name}: {reason}")
         report = next(r for r in reports if (r.format, r.precision) == (artifact.format, artifact.precision))
         for check in report.checks:
             relation = "<=" if check.name.startswith("max") else ">="

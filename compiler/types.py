@@ -104,7 +104,8 @@ class Artifact:
     """Files after export, with what a runtime must be told to run them as they were validated.
 
     `runtime` are settings of the runtime (`INFERENCE_PRECISION_HINT`, graph level …) that whoever opens it applies.
-    `fusions` counts the fused operators in the file. `key` is the cache key of the step that made it.
+    `fusions` counts what was fused in the file; `declined` says why a fusion did not apply. `key` is the cache key of the
+    step that made it.
     """
 
     format: str
@@ -114,6 +115,7 @@ class Artifact:
     key: str
     opset: int | None = None
     fusions: Mapping[str, int] = field(default_factory=dict)
+    declined: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

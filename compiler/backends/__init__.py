@@ -32,7 +32,7 @@ class Backend(Protocol):
         """The settings that the artifact is validated under, and that whoever opens it applies."""
 
     def export(self, out: Path, model: Model, target: Target) -> dict[str, Any]:
-        """Write the artifact's files below `out` and return what is known of them: `opset`, `fusions`."""
+        """Write the artifact's files below `out` and return what is known of them: `opset`, `fusions`, `declined`."""
 
     def reduce(self, out: Path, exported: Path, precision: Precision) -> dict[str, Any]:
         """As `export`, but from the files below `exported`, at the precision that `PRECISIONS` names."""

@@ -1,14 +1,13 @@
-"""TorchScript: traced, frozen, and free of Python. No exporter makes it any more, so this module does.
+"""TorchScript: traced, fused, frozen, and free of Python. No exporter makes it any more, so this module does.
 
 torch has deprecated TorchScript but still traces, freezes, saves and loads it; what that takes stands here alone.
 """
 
 from __future__ import annotations
 
-import inspect
+import warnings
 import zipfile
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,10 @@ from compiler.types import Artifact, Model, Precision, Runner, Target
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 LIBRARIES = ("torch", "transformers", "numpy")
 PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None, "bf16": None}
-FUSED = ("gelu", "layer_norm", "rms_norm", "scaled_dot_product_attention")
 # The earliest time that a ZIP archive can hold: the files of a release carry no time of their own.
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 # torch aligns the tensors in its archives so that they can be mapped into memory.
@@ -43,39 +42,56 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     module = model.module
     if target.precision == "bf16":
         module = copy.deepcopy(module).to(torch.bfloat16)
-
-    class Traced(torch.nn.Module):
-        """Plain tensors in and a plain dict of fp32 tensors out, whatever the precision inside."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = module
-
-        def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> dict[str, torch.Tensor]:
-            given = {**dict(zip(model.inputs, args, strict=False)), **kwargs}
-            outputs = self.model(**given)
-            return {
-                name: value.float() if value.is_floating_point() else value
-                for name, value in outputs.items()
-                if isinstance(value, torch.Tensor)
-            }
-
-    traced = Traced().eval()
-    # torch takes the arguments' names from here, and keyword arguments under these names.
-    traced.forward.__func__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *model.inputs)]
-    )
-    with torch.no_grad():
-        script = torch.jit.trace(traced, example_kwarg_inputs=dict(model.example), strict=False, check_trace=False)
-        script = torch.jit.freeze(script)
-    counts = Counter(node.kind().removeprefix("aten::") for node in script.graph.nodes())
+    script, fusions, declined = _fused(module, model)
     path = out / files(target.precision)[0]
     path.parent.mkdir(parents=True)
     raw = path.with_suffix(".raw")
     script.save(str(raw))
     _canonical_archive(raw, path)
     raw.unlink()
-    return {"opset": None, "fusions": {name: counts[name] for name in FUSED if counts[name]}}
+    return {"opset": None, "fusions": fusions, "declined": declined}
+
+
+def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModule, dict[str, int], dict[str, str]]:
+    """The model as two traces of one set of weights: `dense`, for batches without padding, and `packed`, which computes the
+    real tokens alone; with the counts of what was fused, and the reasons of what was not."""
+    import torch
+
+    from compiler.fusions import Declined, linear, padding_free, script
+
+    example = dict(model.example)
+    weights = linear.collect(module, lambda: module(**example))
+    stand_ins = [weights.tensors[place] for place in weights.packs]
+
+    def trace(forward: Callable[..., Any]) -> tuple[Any, dict[str, int]]:
+        fused: dict[str, int] = {}
+
+        def run(inputs: list[torch.Tensor], tensors: list[torch.Tensor], packed: list[torch.Tensor]) -> Any:
+            with linear.Fuse(weights, tensors, packed) as mode:
+                outputs = forward(**dict(zip(model.inputs, inputs, strict=True)))
+            fused.update(mode.counts())
+            # Plain tensors in and a plain dict of fp32 tensors out, whatever the precision inside.
+            return {
+                name: value.float() if value.is_floating_point() else value
+                for name, value in outputs.items()
+                if isinstance(value, torch.Tensor)
+            }
+
+        with torch.no_grad(), warnings.catch_warnings():
+            # It warns of each decision that it takes from a shape; whether one was wrong is what the gate finds out.
+            warnings.simplefilter("ignore")
+            arguments = ([example[name] for name in model.inputs], weights.tensors, stand_ins)
+            return torch.jit.trace(run, arguments, strict=False, check_trace=False), fused
+
+    # Checked on the fp32 model: whether answers stay the same does not show through bf16's rounding.
+    attentions = padding_free.applies(model.module, example)
+    if isinstance(attentions, Declined):
+        dense, counts = trace(module)
+        return script.assemble(model.inputs, dense, dense, weights), counts, {"padding_free": attentions.reason}
+    dense, _ = trace(lambda **inputs: module(**{**inputs, "attention_mask": None}))  # nothing is padded: nothing to mask
+    with padding_free.packed(module):
+        packed, counts = trace(module)
+    return script.assemble(model.inputs, dense, packed, weights), {"padding_free": attentions, **counts}, {}
 
 
 def _canonical_archive(source: Path, target: Path) -> None:

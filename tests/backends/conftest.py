@@ -13,10 +13,10 @@ from compiler.types import Model
 from tests.zoo import save_checkpoint
 
 
-def load_checkpoint(folder: Path) -> Model:
+def load_checkpoint(folder: Path, task: str = "feature-extraction") -> Model:
     targets = Targets(onnx=OnnxTargets(precisions=("fp32",)))
     spec = ModelSpec(name="tiny", release="1.0.0", source=f"path:{folder.name}", targets=targets)
-    return load(resolve(spec, folder.parent), "feature-extraction")
+    return load(resolve(spec, folder.parent), task)
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ def one_line(error: BaseException, *words: str) -> str:
     assert len(message.splitlines()) == 1, message
     assert len(message) < 500, message
     assert [word for word in words if word not in message] == [], message
-    assert "/tmp/compile-" not in message, message  # the folder of links means nothing to a user
+    assert "/compile-" not in message, message  # the folder of links means nothing to a user
     return message
 
 

@@ -1,0 +1,77 @@
+"""The TorchScript module around the traced functions: which of them runs, and the weights, plain in the file and packed in
+memory.
+
+Packed weights are of one machine and do not serialize, so the file holds them as they are and `__setstate__` packs them, in
+Python and in C++ alike, as torch's own quantized layers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from compiler.fusions.linear import Weights
+
+
+# What freezing must leave: packed weights cannot become constants of a file.
+KEPT = ("tensors", "packs", "packed", "__getstate__", "__setstate__")
+
+
+@torch.jit.script
+def pack(tensors: list[torch.Tensor], packs: list[int]) -> list[torch.Tensor]:
+    """The weights at `packs` as oneDNN wants them; as they are where it has no kernels for their type on this CPU."""
+    packed: list[torch.Tensor] = []
+    for place in packs:
+        weight = tensors[place]
+        able = torch.ops.mkldnn._is_mkldnn_bf16_supported() if weight.dtype == torch.bfloat16 else True
+        packed.append(torch.ops.mkldnn._reorder_linear_weight(weight, None) if able else weight)
+    return packed
+
+
+def assemble(inputs: Sequence[str], dense: Any, packed: Any, weights: Weights) -> torch.jit.ScriptModule:
+    """A module that takes `inputs` by name and returns a dict, and runs `dense` when nothing is padded, else `packed`."""
+
+    class Encoder(torch.nn.Module):
+        def __init__(self, tensors: list[torch.Tensor], packs: list[int]) -> None:
+            super().__init__()
+            self.tensors, self.packs = tensors, packs
+            self.packed = pack(tensors, packs)
+
+        @torch.jit.export
+        def run(self, inputs: list[torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+            real = mask > 0
+            if bool(real.all()):
+                outputs: dict[str, torch.Tensor] = dense(inputs, self.tensors, self.packed)
+            elif bool(real.any()):
+                outputs = packed(inputs, self.tensors, self.packed)
+            else:  # nothing to pack: the shapes of an answer, and zeros, as everywhere on padding
+                outputs = dense(inputs, self.tensors, self.packed)
+                for name, value in outputs.items():
+                    outputs[name] = torch.zeros_like(value)
+            return outputs
+
+        @torch.jit.export
+        def __getstate__(self) -> tuple[list[torch.Tensor], list[int], bool]:
+            return self.tensors, self.packs, self.training
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[list[torch.Tensor], list[int], bool]) -> None:
+            self.tensors, self.packs, self.training = state
+            self.packed = pack(self.tensors, self.packs)
+
+    class Two(Encoder):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+            return self.run([input_ids, attention_mask], attention_mask)
+
+    class Three(Encoder):
+        def forward(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
+        ) -> dict[str, torch.Tensor]:
+            return self.run([input_ids, attention_mask, token_type_ids], attention_mask)
+
+    made = (Two if len(inputs) == 2 else Three)(weights.tensors, weights.packs)
+    frozen: torch.jit.ScriptModule = torch.jit.freeze(torch.jit.script(made.eval()), preserved_attrs=list(KEPT))
+    return frozen
