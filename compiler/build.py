@@ -115,13 +115,11 @@ class Build:
         Raises:
             ReleaseError: a release of that version is there but is damaged, or was made from something else.
         """
-        if not os.path.lexists(self.target):
-            return None
-        if not (self.target / MANIFEST).is_file():
-            raise ReleaseError(f"{self.target}: is in the way and is no release (it has no {MANIFEST}); remove it")
         started = time.monotonic()
-        manifest, reports = read_release(self.target)
-        verify_files(self.target, manifest)
+        found = existing(self.target)
+        if found is None:
+            return None
+        manifest, reports = found
         if not self.context.use_cache and manifest.key == self.plan.package.key:
             return None  # build it again and see that the bytes are the same
         if manifest.key != self.plan.package.key:
@@ -252,36 +250,23 @@ class Build:
         inside = {file.path: file for file in loaded.files}
         support = [(snapshot.root, file) for file in snapshot.support]
         support += [(loaded.root, inside[path]) for path in loaded.info["support"]]
+        artifacts = [(candidate.artifact, candidate.entry) for candidate in made]
+        content = (manifest, artifacts, support, loaded.root / SAMPLES, validation)
         reports = tuple(candidate.report for candidate in made)
         started = self._started(plan.package)
         with writing(self.context.output, "the output folder"), scratch(self.folder) as aside:
             if os.path.lexists(self.target):
-                self._same_again(aside / "again", manifest, made, support, loaded, validation)
+                again = aside / "again"
+                again.mkdir()
+                self._same_again(package(again, aside / "release", *content))
                 self._tell(plan.package.id, "current", started)
                 return Release(self.target, manifest, reports, made=False)
-            whole = self._assemble(aside, self.target, manifest, made, support, loaded, validation)
+            whole = package(aside, self.target, *content)
         self._tell(plan.package.id, "released", started)
         return Release(self.target, whole, reports, made=True)
 
-    def _assemble(
-        self,
-        aside: Path,
-        target: Path,
-        manifest: Manifest,
-        made: Sequence[Candidate],
-        support: Sequence[tuple[Path, File]],
-        loaded: Entry,
-        validation: Mapping[str, Any],
-    ) -> Manifest:
-        artifacts = [(candidate.artifact, candidate.entry) for candidate in made]
-        samples = loaded.root / SAMPLES
-        return package(aside, target, manifest, artifacts, support, samples, validation)
-
-    def _same_again(self, aside: Path, *arguments: Any) -> None:
-        """Assemble beside a release that is there, and compare."""
-        aside.mkdir()
-        again = aside.parent / "release"
-        whole = self._assemble(aside, again, *arguments)
+    def _same_again(self, whole: Manifest) -> None:
+        """Compare what was assembled again with the release that is there."""
         old = from_bytes((self.target / MANIFEST).read_bytes(), str(self.target / MANIFEST))
         before = {file.path: file.sha256 for file in old.every_file}
         after = {file.path: file.sha256 for file in whole.every_file}
@@ -347,14 +332,26 @@ class Build:
         """Keep a failing artifact's files beside a report, for whoever looks into it."""
         folder = self.folder / "failed"
         with writing(self.context.output, "what failed the gate"):
-            self._keep_files(folder, artifact, entry, report)
+            for file in artifact.files:
+                (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(entry.root / file.path, folder / file.path)
+            name = f"{artifact.format}_{artifact.precision}.json"
+            write_file(folder / name, canonical({"artifact": asdict(artifact), **report}))
 
-    def _keep_files(self, folder: Path, artifact: Artifact, entry: Entry, report: Mapping[str, Any]) -> None:
-        for file in artifact.files:
-            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(entry.root / file.path, folder / file.path)
-        name = f"{artifact.format}_{artifact.precision}.json"
-        write_file(folder / name, canonical({"artifact": asdict(artifact), **report}))
+
+def existing(target: Path) -> tuple[Manifest, tuple[Report, ...]] | None:
+    """The release in a folder, every byte of it hashed again, and its verdicts; None where there is nothing.
+
+    Raises:
+        ReleaseError: what is there is damaged, or no release.
+    """
+    if not os.path.lexists(target):
+        return None
+    if not (target / MANIFEST).is_file():
+        raise ReleaseError(f"{target}: is in the way and is no release (it has no {MANIFEST}); remove it")
+    manifest, reports = read_release(target)
+    verify_files(target, manifest)
+    return manifest, reports
 
 
 def planned(spec: ModelSpec, folder: Path, output: Path, store: Store) -> list[dict[str, str]]:
@@ -368,10 +365,8 @@ def planned(spec: ModelSpec, folder: Path, output: Path, store: Store) -> list[d
     history = read_history(history_path(output, spec.name))
     rows = []
     current = None
-    if os.path.lexists(target):
-        manifest, _ = read_release(target)
-        verify_files(target, manifest)
-        current = manifest.key == plan.package.key
+    if (found := existing(target)) is not None:
+        current = found[0].key == plan.package.key
     failing = ""
     for step in plan.steps:
         reason = why(step, history.get(step.id), store)
