@@ -21,7 +21,7 @@ import compiler
 from compiler import cpu, workers
 from compiler.backends import BACKENDS
 from compiler.config import ModelSpec
-from compiler.errors import CompileError, NumericsError, ReleaseError
+from compiler.errors import CompileError, NumericsError, ReleaseError, StageError
 from compiler.hashing import canonical
 from compiler.manifest import MANIFEST, Made, Manifest, Source, differences, from_bytes
 from compiler.numerics import judge
@@ -29,6 +29,7 @@ from compiler.plan import LOAD_LIBRARIES, Plan, make_plan, version, why
 from compiler.sources import resolve
 from compiler.stages.export import export
 from compiler.stages.load import REFERENCE, SAMPLES, reference
+from compiler.stages.optimize import check_fusions
 from compiler.stages.package import package
 from compiler.stages.validate import validate
 from compiler.store import Entry, Step, Store, remove, scratch, sweep, write_file, writing
@@ -124,6 +125,9 @@ class Build:
             return None  # build it again and see that the bytes are the same
         if manifest.key != self.plan.package.key:
             raise self._refusal(self._changes(manifest))
+        made = {(artifact.format, artifact.precision): artifact.fusions for artifact in manifest.artifacts}
+        for target in self.plan.validates:
+            self._check_fusions(target, made[target.format, target.precision])
         self._tell("", "current", started)
         return Release(self.target, manifest, reports, made=False)
 
@@ -142,11 +146,18 @@ class Build:
         source = self.plan.source_of(target)
         origin = None if source is None else self.export(source).root
         arguments = (target, self.plan.snapshot, self.plan.task, self._load_options, origin)
-        return self._make(self.plan.exports[target], lambda out: self._run(export, out, *arguments))
+        entry = self._make(self.plan.exports[target], lambda out: self._run(export, out, *arguments))
+        if target in self.plan.validates:
+            self._check_fusions(target, entry.info["fusions"])
+        return entry
+
+    def _check_fusions(self, target: Target, fired: Mapping[str, int]) -> None:
+        check_fusions(f"{self.plan.spec}: {target}", fired, getattr(self.plan.spec.optimize.expect, target.format))
 
     def validate(self, target: Target, exported: Entry, loaded: Entry) -> Candidate:
         """A target's figures against the reference, and the verdict. One that does not pass is kept to be looked into."""
         backend = BACKENDS[target.format]
+        source = self.plan.source_of(target)
         artifact = Artifact(
             format=target.format,
             precision=target.precision,
@@ -155,7 +166,8 @@ class Build:
             key=exported.key,
             opset=exported.info["opset"],
             fusions=exported.info["fusions"],
-            declined=exported.info.get("declined", {}),
+            declined=(exported if source is None else self.export(source)).info["declined"],
+            fast_on=cpu.FAST_ON[target.precision],
         )
         arguments = (exported.root, artifact, loaded.root / SAMPLES, loaded.root / REFERENCE, loaded.info)
         try:
@@ -373,7 +385,7 @@ def planned(spec: ModelSpec, folder: Path, output: Path, store: Store) -> list[d
         state = "cached" if reason is None else "run"
         if current:
             state, reason = "current", "the release is there and nothing changed"
-        elif step.stage == "validate" and state == "cached" and (verdict := _verdict(plan, step, store)):
+        elif state == "cached" and (verdict := _verdict(plan, step, store)):
             reason = failing = verdict
         elif step is plan.package:
             state, reason = "run", "the release is not there yet"
@@ -387,10 +399,18 @@ def planned(spec: ModelSpec, folder: Path, output: Path, store: Store) -> list[d
 
 
 def _verdict(plan: Plan, step: Step, store: Store) -> str:
-    """Why a target whose figures are known does not pass its gate; empty when it does."""
-    target = next(target for target, validate in plan.validates.items() if validate is step)
+    """Why a target of which it is known fails the build; empty when it does not."""
+    target = next((target for target in plan.validates if step in (plan.exports[target], plan.validates[target])), None)
     entry = store.look(step)
-    checks = judge(entry.info["outputs"], plan.spec.budget.limits(target.precision)) if entry else ()
+    if target is None or entry is None:
+        return ""
+    if step.stage == "export":
+        try:
+            check_fusions(str(target), entry.info["fusions"], getattr(plan.spec.optimize.expect, target.format))
+        except StageError as error:
+            return str(error)
+        return ""
+    checks = judge(entry.info["outputs"], plan.spec.budget.limits(target.precision))
     failed = [f"{check.name} {check.figure:.6g}, limit {check.limit:g}" for check in checks if not check.passed]
     return f"{target} fails its gate: {failed[0]}" if failed else ""
 

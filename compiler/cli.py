@@ -160,6 +160,7 @@ def inspect(release: Path, as_json: bool) -> None:
     for artifact in manifest.artifacts:
         click.echo(f"\n{artifact.files[0].path}")
         click.echo(f"  runtime  {_pairs(artifact.runtime)}" + (f", opset {artifact.opset}" if artifact.opset else ""))
+        click.echo(f"  fast on  a CPU with {_either(artifact.fast_on)}")
         click.echo(f"  fused    {_pairs(artifact.fusions, ' ') or 'nothing'}")
         for name, reason in artifact.declined.items():
             click.echo(f"  without  {name}: {reason}")
@@ -359,6 +360,10 @@ def _figure(value: float) -> str:
 
 def _pairs(values: Any, sign: str = "=") -> str:
     return ", ".join(f"{name}{sign}{value}" for name, value in values.items())
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _row(report: Report, path: str, size: str) -> tuple[str, ...]:

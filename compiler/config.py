@@ -131,6 +131,21 @@ class Targets(Strict):
         )
 
 
+Counts = dict[Annotated[str, Field(min_length=1)], Annotated[int, Field(ge=1, strict=True)]]
+
+
+class Expect(Strict):
+    """By format, how often a fusion must have fired, at least, in each of its artifacts; `compile inspect` shows the counts."""
+
+    torchscript: Counts = Field(default_factory=dict)
+    onnx: Counts = Field(default_factory=dict)
+    openvino: Counts = Field(default_factory=dict)
+
+
+class Optimize(Strict):
+    expect: Expect = Expect()
+
+
 class ModelSpec(Strict):
     """One model: where it comes from, what to make of it, and how close it must stay."""
 
@@ -152,6 +167,7 @@ class ModelSpec(Strict):
     data: Data = Data()
     shapes: Shapes = Shapes()
     targets: Targets
+    optimize: Optimize = Optimize()
     budget: Budget = Budget()
 
     @field_validator("source")
@@ -165,6 +181,13 @@ class ModelSpec(Strict):
     def _one_revision(self) -> Self:
         if self.revision is not None and (not self.source.startswith("hf:") or "@" in self.source):
             raise ValueError("revision: is for an hf: source that does not carry one after @")
+        return self
+
+    @model_validator(mode="after")
+    def _expects_what_is_made(self) -> Self:
+        for name in BACKENDS:
+            if getattr(self.optimize.expect, name) and getattr(self.targets, name) is None:
+                raise ValueError(f"optimize.expect.{name}: targets has no {name}; leave one out or add the other")
         return self
 
     def __str__(self) -> str:

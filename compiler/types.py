@@ -76,6 +76,8 @@ class Model:
 
     `inputs` are the names of the int64 `[batch, sequence]` tensors that it takes, in the order of its forward.
     `example` are dummy inputs to trace with. `positions` is the longest sequence, in tokens, None where unbounded.
+    `rewrites` are those that a backend may apply while it traces, and `declined` says why others do not apply; both are
+    empty before `optimize`.
     """
 
     module: torch.nn.Module
@@ -85,6 +87,8 @@ class Model:
     example: Mapping[str, torch.Tensor]
     positions: int | None
     left_out: tuple[str, ...] = ()
+    rewrites: Mapping[str, Any] = field(default_factory=dict)
+    declined: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ class Artifact:
 
     `runtime` are settings of the runtime (`INFERENCE_PRECISION_HINT`, graph level …) that whoever opens it applies.
     `fusions` counts what was fused in the file; `declined` says why a fusion did not apply. `key` is the cache key of the
-    step that made it.
+    step that made it. `fast_on` are CPU features, by their names in /proc/cpuinfo, of which one makes it fast; it is right
+    without any of them.
     """
 
     format: str
@@ -116,6 +121,7 @@ class Artifact:
     opset: int | None = None
     fusions: Mapping[str, int] = field(default_factory=dict)
     declined: Mapping[str, str] = field(default_factory=dict)
+    fast_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -427,3 +427,40 @@ def test_misspelt_verb(command: Command) -> None:
 )
 def test_next_release(release: str, following: str) -> None:
     assert next_release(release) == following
+
+
+def test_a_fusion_that_stops_firing_fails_the_build(command: Command, tmp_path: Path, bert: Path) -> None:
+    """Below opset 20 ONNX has no Gelu, so none is found to be fused with its bias."""
+    shutil.copytree(bert, tmp_path / "checkpoint")
+    expect = {"onnx": {"BiasGelu": 2, "MultiHeadAttention": 2}, "openvino": {"padding_free": 2}}
+    targets: dict[str, object] = {"onnx": {"precisions": ["fp32"], "opset": 18}, "openvino": ["fp32"]}
+    pipeline = write_pipeline(tmp_path, "path:checkpoint", targets=targets, optimize={"expect": expect})
+    run = command(pipeline)
+    assert run.returncode == 1
+    line = error_line(run)
+    assert "tiny 1.0.0: onnx fp32: BiasGelu fired 0 times, optimize.expect says 2; fused here: LayerNormalization=5 " in line
+    assert not (tmp_path / "artifacts/tiny/1.0.0").exists()
+    # What is known of the export is known to plan too.
+    plan = command("plan", pipeline, "--json")
+    rows = {row["step"]: row for row in json.loads(plan.stdout)}
+    assert "BiasGelu fired 0 times" in rows["export onnx fp32"]["why"]
+    assert rows["package"]["state"] == "blocked"
+
+    targets["onnx"] = ["fp32"]
+    built = command(write_pipeline(tmp_path, "path:checkpoint", targets=targets, optimize={"expect": expect}))
+    assert built.returncode == 0, built.stderr
+    # Nor is a release that is there taken for what is now expected of it.
+    expect["openvino"]["padding_free"] = 3
+    run = command(write_pipeline(tmp_path, "path:checkpoint", targets=targets, optimize={"expect": expect}))
+    assert run.returncode == 1
+    assert "openvino fp32: padding_free fired 2 times, optimize.expect says 3" in error_line(run)
+
+
+def test_inspect_says_what_was_fused_and_where_it_is_fast(command: Command, tmp_path: Path, bert: Path) -> None:
+    shutil.copytree(bert, tmp_path / "checkpoint")
+    targets = {"onnx": ["fp32"], "openvino": ["fp32", "bf16"]}
+    assert command(write_pipeline(tmp_path, "path:checkpoint", targets=targets)).returncode == 0
+    shown = command("inspect", tmp_path / "artifacts/tiny/1.0.0").stdout
+    assert "  fused    BiasGelu 2, LayerNormalization 5, MultiHeadAttention 2, concat_linear 2, padding_free 2\n" in shown
+    assert shown.count("  fused    Gelu 2, MVN 5, ScaledDotProductAttention 2, padding_free 2\n") == 2
+    assert "  fast on  a CPU with amx_bf16, avx512_bf16 or bf16\n" in shown

@@ -464,6 +464,29 @@ def test_short_and_long_form_are_equal(format: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "expect",
+    [
+        {"onnx": {"BiasGelu": 0}},
+        {"onnx": {"BiasGelu": -1}},
+        {"onnx": {"BiasGelu": 1.5}},
+        {"onnx": {"BiasGelu": True}},
+        {"onnx": {"": 1}},
+        {"onnx": 6},
+        {"onx": {"BiasGelu": 6}},
+        {"torchscript": {"linear": 1}},
+    ],
+)
+def test_expect_of_nonsense(expect: Any) -> None:
+    assert "models.0" in refusal(model(optimize={"expect": expect}))
+
+
+def test_expect_is_for_formats_that_are_made() -> None:
+    spec = only_model(model(optimize={"expect": {"onnx": {"BiasGelu": 6}}}))
+    assert spec.optimize.expect.onnx == {"BiasGelu": 6}
+    assert "targets has no openvino" in refusal(model(optimize={"expect": {"openvino": {"MVN": 13}}}))
+
+
+@pytest.mark.parametrize(
     "budget",
     [
         {"fp32": {"max_abs": 0}},

@@ -25,6 +25,10 @@ class Backend(Protocol):
     def PRECISIONS(self) -> Mapping[Precision, Precision | None]:  # noqa: N802
         """The precisions there are, each with the one whose file it is made from; None: from the model itself."""
 
+    @property
+    def FUSIONS(self) -> tuple[str, ...]:  # noqa: N802
+        """The rewrites of the eager model that it wants, of `fusions.REWRITES`."""
+
     def files(self, precision: Precision) -> tuple[str, ...]:
         """The paths in a release that an artifact always has, the one to open first."""
 
@@ -32,7 +36,7 @@ class Backend(Protocol):
         """The settings that the artifact is validated under, and that whoever opens it applies."""
 
     def export(self, out: Path, model: Model, target: Target) -> dict[str, Any]:
-        """Write the artifact's files below `out` and return what is known of them: `opset`, `fusions`, `declined`."""
+        """Write the artifact's files below `out` and return what is known of them: `opset`, and counts of `fusions`."""
 
     def reduce(self, out: Path, exported: Path, precision: Precision) -> dict[str, Any]:
         """As `export`, but from the files below `exported`, at the precision that `PRECISIONS` names."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None}
+FUSIONS = ("padding_free",)
 # Operators that stand for what would else be several.
 FUSED = ("Attention", "Gelu", "LayerNormalization", "RMSNormalization", "RotaryEmbedding")
 # A protobuf message cannot be larger; the rest of the graph needs some of it.
@@ -34,14 +36,18 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     import torch
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
+    from compiler.fusions import onnx_graph
+
     dynamic = torch.export.Dim.DYNAMIC
     config = OnnxConfig(
         dynamic=True,
         dynamic_shapes={name: {0: dynamic, 1: dynamic} for name in model.inputs},
         opset_version=target.opset,
     )
-    program = OnnxExporter().export(model.module, dict(model.example), config).program
+    with _marked(model):
+        program = OnnxExporter().export(model.module, dict(model.example), config).program
     _drop_paths(program)
+    fused = onnx_graph.fuse(program)
     _name_axes(program.graph)
     path = out / files(target.precision)[0]
     path.parent.mkdir(parents=True)
@@ -51,8 +57,29 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     counts = Counter(node.op_type for node in program.graph.all_nodes())
     return {
         "opset": program.graph.opset_imports[""],
-        "fusions": {name: counts[name] for name in FUSED if counts[name]},
+        "fusions": {**{name: counts[name] for name in FUSED if counts[name]}, **fused},
     }
+
+
+@contextlib.contextmanager
+def _marked(model: Model) -> Iterator[None]:
+    """The model on packed tokens where it can be, as markers in the graph; transformers' exporter is told what they are."""
+    from transformers.exporters import exporter_onnx
+
+    from compiler.fusions import onnx_graph
+    from compiler.fusions.padding_free import Marked
+
+    if (rewrite := model.rewrites.get("padding_free")) is None:
+        yield
+        return
+    translations = onnx_graph.translations()
+    exporter_onnx._ONNX_TRANSLATION_TABLE.update(translations)
+    try:
+        with rewrite.applied(model.module, Marked):
+            yield
+    finally:
+        for marker in translations:
+            del exporter_onnx._ONNX_TRANSLATION_TABLE[marker]
 
 
 def _drop_paths(program: onnx_ir.Model) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 LIBRARIES = ("torch", "transformers", "openvino", "numpy")
 # bf16 is the fp32 graph with its weights rounded: a second trace would cost seconds and round the norms as well.
 PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None, "bf16": "fp32"}
-FUSED = ("Gelu", "MVN", "RMS", "RoPE", "ScaledDotProductAttention")
+FUSIONS = ("padding_free",)
+FUSED = ("Gelu", "MVN", "RMS", "RoPE", "ScaledDotProductAttention", "padding_free")
 SUFFIX: Mapping[str, str] = {"fp32": "", "bf16": "_bf16"}
 # Operators whose output at a place depends on their inputs at that place alone.
 # fmt: off
@@ -48,12 +50,48 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     import torch
     from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
 
+    from compiler.fusions import openvino_graph
+    from compiler.fusions.padding_free import Marked
+
     dynamic = torch.export.Dim.DYNAMIC
     config = OpenVINOConfig(dynamic=True, dynamic_shapes={name: {0: dynamic, 1: dynamic} for name in model.inputs})
-    program = OpenVINOExporter().export(model.module, dict(model.example), config).program
-    if model.positions is not None:
-        _tabulate_positions(program, model.positions)
-    return _save(program, out, target.precision)
+    if (rewrite := model.rewrites.get("padding_free")) is None:
+        program = OpenVINOExporter().export(model.module, dict(model.example), config).program
+        if model.positions is not None:
+            _tabulate_positions(program, model.positions)
+        return _save(program, out, target.precision)
+    with rewrite.applied(model.module, Marked), _converted_twice() as packed:
+        dense = OpenVINOExporter().export(model.module, dict(model.example), config).program
+    return _save(openvino_graph.join(dense, packed[0]), out, target.precision)
+
+
+@contextlib.contextmanager
+def _converted_twice() -> Iterator[list[openvino.Model]]:
+    """While transformers' exporter converts a trace with markers in it for batches without padding, convert it for packed
+    tokens too; that one is put in the list."""
+    from transformers.exporters import exporter_openvino
+
+    from compiler.fusions.openvino_graph import Lowering
+
+    packed: list[openvino.Model] = []
+    convert, extensions = exporter_openvino._convert_to_openvino, exporter_openvino._OV_CONVERSION_EXTENSIONS
+
+    def with_markers(graph: Any, lowering: Lowering) -> openvino.Model:
+        exporter_openvino._OV_CONVERSION_EXTENSIONS = [*extensions, *lowering.extensions()]
+        try:
+            return convert(graph)
+        finally:
+            exporter_openvino._OV_CONVERSION_EXTENSIONS = extensions
+
+    def twice(graph: Any) -> openvino.Model:
+        packed.append(with_markers(graph, Lowering(packed=True)))
+        return with_markers(graph, Lowering(packed=False))
+
+    exporter_openvino._convert_to_openvino = twice
+    try:
+        yield packed
+    finally:
+        exporter_openvino._convert_to_openvino = convert
 
 
 def _tabulate_positions(program: openvino.Model, positions: int) -> int:
@@ -125,9 +163,11 @@ def reduce(out: Path, exported: Path, precision: Precision) -> dict[str, Any]:
     """Round the weights of an fp32 IR to bf16, in the file. The graph computes in fp32 or, with the hint, in bf16."""
     import openvino
 
+    from compiler.fusions.openvino_graph import every_node
+
     core = openvino.Core()
     program = core.read_model(str(exported / files("fp32")[0]))
-    weights = [node for node in program.get_ordered_ops() if node.get_type_name() == "Constant" and _is_weight(node)]
+    weights = [node for node in every_node(program) if node.get_type_name() == "Constant" and _is_weight(node)]
     # OpenVINO's constants point into these arrays, so they must live until the model is saved.
     arrays = [_round_to_bf16(weight) for weight in weights]
     program.set_rt_info("bf16", ["runtime_options", "INFERENCE_PRECISION_HINT"])
@@ -171,8 +211,17 @@ def _save(program: openvino.Model, out: Path, precision: Precision) -> dict[str,
     path = out / files(precision)[0]
     path.parent.mkdir(parents=True)
     openvino.save_model(program, str(path), compress_to_fp16=False)
-    counts = Counter(node.get_type_name() for node in program.get_ordered_ops())
-    return {"opset": None, "fusions": {name: counts[name] for name in FUSED if counts[name]}}
+    return {"opset": None, "fusions": _fusions(program)}
+
+
+def _fusions(program: openvino.Model) -> dict[str, int]:
+    """What stands for several operators; where there are two branches, in that for batches without padding."""
+    branch = next((node for node in program.get_ordered_ops() if node.get_type_name() == "If"), None)
+    layers = program if branch is None else branch.get_function(1)
+    counts = Counter(node.get_type_name() for node in layers.get_ordered_ops())
+    if branch is not None:
+        counts["padding_free"] = counts["ScaledDotProductAttention"]
+    return {name: counts[name] for name in FUSED if counts[name]}
 
 
 def open(root: Path, artifact: Artifact, threads: int | None) -> Runner:
@@ -185,9 +234,13 @@ def open(root: Path, artifact: Artifact, threads: int | None) -> Runner:
     path = next(file.path for file in artifact.files if file.path.endswith(".xml"))
     compiled = openvino.Core().compile_model(str(root / path), device, settings)
     request = compiled.create_infer_request()
+    wanted = [port.get_any_name() for port in compiled.inputs]
     outputs = [output.get_any_name() for output in compiled.outputs]
 
     def run(inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        if missing := [name for name in wanted if name not in inputs]:
+            # A request would take what it was given the last time, or nothing, and answer that.
+            raise ValueError(f"no {', '.join(missing)} is given; the model wants {', '.join(wanted)}")
         result = request.infer(dict(inputs))
         return {name: result[index].copy() for index, name in enumerate(outputs)}
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch", "transformers", "numpy")
 PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None, "bf16": None}
+FUSIONS = ("padding_free", "linear")
 # The earliest time that a ZIP archive can hold: the files of a release carry no time of their own.
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 # torch aligns the tensors in its archives so that they can be mapped into memory.
@@ -42,32 +43,33 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     module = model.module
     if target.precision == "bf16":
         module = copy.deepcopy(module).to(torch.bfloat16)
-    script, fusions, declined = _fused(module, model)
+    script, fusions = _fused(module, model)
     path = out / files(target.precision)[0]
     path.parent.mkdir(parents=True)
     raw = path.with_suffix(".raw")
     script.save(str(raw))
     _canonical_archive(raw, path)
     raw.unlink()
-    return {"opset": None, "fusions": fusions, "declined": declined}
+    return {"opset": None, "fusions": fusions}
 
 
-def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModule, dict[str, int], dict[str, str]]:
+def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModule, dict[str, int]]:
     """The model as two traces of one set of weights: `dense`, for batches without padding, and `packed`, which computes the
-    real tokens alone; with the counts of what was fused, and the reasons of what was not."""
+    real tokens alone; with the counts of what was fused."""
     import torch
 
-    from compiler.fusions import Declined, linear, padding_free, script
+    from compiler.fusions import script
 
     example = dict(model.example)
-    weights = linear.collect(module, lambda: module(**example))
+    linears = model.rewrites["linear"]
+    weights = linears.weights(module, example)
     stand_ins = [weights.tensors[place] for place in weights.packs]
 
     def trace(forward: Callable[..., Any]) -> tuple[Any, dict[str, int]]:
         fused: dict[str, int] = {}
 
         def run(inputs: list[torch.Tensor], tensors: list[torch.Tensor], packed: list[torch.Tensor]) -> Any:
-            with linear.Fuse(weights, tensors, packed) as mode:
+            with linears.applied(weights, tensors, packed) as mode:
                 outputs = forward(**dict(zip(model.inputs, inputs, strict=True)))
             fused.update(mode.counts())
             # Plain tensors in and a plain dict of fp32 tensors out, whatever the precision inside.
@@ -83,15 +85,14 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
             arguments = ([example[name] for name in model.inputs], weights.tensors, stand_ins)
             return torch.jit.trace(run, arguments, strict=False, check_trace=False), fused
 
-    # Checked on the fp32 model: whether answers stay the same does not show through bf16's rounding.
-    attentions = padding_free.applies(model.module, example)
-    if isinstance(attentions, Declined):
+    padding_free = model.rewrites.get("padding_free")
+    if padding_free is None:
         dense, counts = trace(module)
-        return script.assemble(model.inputs, dense, dense, weights), counts, {"padding_free": attentions.reason}
+        return script.assemble(model.inputs, dense, dense, weights), counts
     dense, _ = trace(lambda **inputs: module(**{**inputs, "attention_mask": None}))  # nothing is padded: nothing to mask
-    with padding_free.packed(module):
+    with padding_free.applied(module):
         packed, counts = trace(module)
-    return script.assemble(model.inputs, dense, packed, weights), {"padding_free": attentions, **counts}, {}
+    return script.assemble(model.inputs, dense, packed, weights), {"padding_free": padding_free.count, **counts}
 
 
 def _canonical_archive(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ with its arguments, so nothing depends on how a model's code is written. What a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,26 @@ class Weights:
     def add(self, tensor: torch.Tensor) -> int:
         self.tensors.append(tensor.detach())
         return len(self.tensors) - 1
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Linear layers, and what follows them, as oneDNN's kernels. `count` is of the layers."""
+
+    count: int
+
+    def weights(self, module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> Weights:
+        """What `collect` finds in a module, which may be the model at another precision."""
+        return collect(module, lambda: module(**example))
+
+    def applied(self, weights: Weights, tensors: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> Fuse:
+        """The mode to trace in."""
+        return Fuse(weights, tensors, packed)
+
+
+def rewrite(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> Linears:
+    """The linear layers that a call of the module meets; there may be none."""
+    return Linears(len(collect(module, lambda: module(**example)).layers))
 
 
 def collect(module: torch.nn.Module, run: Callable[[], object]) -> Weights:

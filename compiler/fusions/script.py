@@ -32,7 +32,10 @@ def pack(tensors: list[torch.Tensor], packs: list[int]) -> list[torch.Tensor]:
 
 
 def assemble(inputs: Sequence[str], dense: Any, packed: Any, weights: Weights) -> torch.jit.ScriptModule:
-    """A module that takes `inputs` by name and returns a dict, and runs `dense` when nothing is padded, else `packed`."""
+    """A module that takes `inputs` by name and returns a dict, and runs `dense` when nothing is padded, else `packed`.
+
+    A mask that is left out is one of ones, and token types that are left out are zeros, as the original has it.
+    """
 
     class Encoder(torch.nn.Module):
         def __init__(self, tensors: list[torch.Tensor], packs: list[int]) -> None:
@@ -63,14 +66,20 @@ def assemble(inputs: Sequence[str], dense: Any, packed: Any, weights: Weights) -
             self.packed = pack(self.tensors, self.packs)
 
     class Two(Encoder):
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-            return self.run([input_ids, attention_mask], attention_mask)
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            return self.run([input_ids, mask], mask)
 
     class Three(Encoder):
         def forward(
-            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
+            self,
+            input_ids: torch.Tensor,
+            attention_mask: torch.Tensor | None = None,
+            token_type_ids: torch.Tensor | None = None,
         ) -> dict[str, torch.Tensor]:
-            return self.run([input_ids, attention_mask, token_type_ids], attention_mask)
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            return self.run([input_ids, mask, types], mask)
 
     made = (Two if len(inputs) == 2 else Three)(weights.tensors, weights.packs)
     frozen: torch.jit.ScriptModule = torch.jit.freeze(torch.jit.script(made.eval()), preserved_attrs=list(KEPT))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from compiler.backends import Backend
 from compiler.config import ModelSpec, OnnxTargets, Targets
 from compiler.sources import resolve
 from compiler.stages.load import load
-from compiler.types import Model
+from compiler.stages.optimize import optimize
+from compiler.types import Model, Target
 from tests.zoo import save_checkpoint
 
 
@@ -17,6 +20,11 @@ def load_checkpoint(folder: Path, task: str = "feature-extraction") -> Model:
     targets = Targets(onnx=OnnxTargets(precisions=("fp32",)))
     spec = ModelSpec(name="tiny", release="1.0.0", source=f"path:{folder.name}", targets=targets)
     return load(resolve(spec, folder.parent), task)
+
+
+def export(backend: Backend, out: Path, model: Model, target: Target) -> dict[str, Any]:
+    """Optimize and export, as the stage does."""
+    return backend.export(out, optimize(model, backend.FUSIONS), target)
 
 
 @pytest.fixture(scope="session")

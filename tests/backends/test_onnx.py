@@ -9,12 +9,13 @@ import pytest
 
 from compiler.backends import onnx as backend
 from compiler.types import Model, Target
+from tests.backends.conftest import export
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, model: Model) -> Path:
     out = tmp_path_factory.mktemp("onnx")
-    known = backend.export(out, model, Target("onnx", "fp32", opset=18))
+    known = export(backend, out, model, Target("onnx", "fp32", opset=18))
     assert known["opset"] == 18
     return out / "onnx/model.onnx"
 
@@ -46,6 +47,6 @@ def test_model_is_valid_and_holds_no_paths(exported: Path) -> None:
 
 def test_weights_are_inline_or_beside(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "INLINE_BYTES", 1000)
-    backend.export(tmp_path, model, Target("onnx", "fp32"))
+    export(backend, tmp_path, model, Target("onnx", "fp32"))
     assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["model.onnx", "model.onnx_data"]
     onnx.checker.check_model(str(tmp_path / "onnx/model.onnx"))

@@ -13,12 +13,13 @@ import torch
 from compiler.backends import openvino as backend
 from compiler.stages.load import run_eager
 from compiler.types import Artifact, File, Model, Target
+from tests.backends.conftest import export
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, mpnet: Model) -> tuple[Path, Path]:
     fp32, bf16 = tmp_path_factory.mktemp("fp32"), tmp_path_factory.mktemp("bf16")
-    backend.export(fp32, mpnet, Target("openvino", "fp32"))
+    export(backend, fp32, mpnet, Target("openvino", "fp32"))
     backend.reduce(bf16, fp32, "bf16")
     return fp32, bf16
 

@@ -15,6 +15,7 @@ import torch
 from compiler.backends import torchscript
 from compiler.stages.load import run_eager
 from compiler.types import Model, Target
+from tests.backends.conftest import export
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: Model) -> Path:
     out = tmp_path_factory.mktemp("torchscript")
     for number, precision in enumerate(torchscript.PRECISIONS):
         (out / str(number)).mkdir()
-        torchscript.export(out / str(number), model, Target("torchscript", precision))
+        export(torchscript, out / str(number), model, Target("torchscript", precision))
     return out
 
 

@@ -15,6 +15,7 @@ from compiler.backends import torchscript
 from compiler.fusions import linear
 from compiler.stages.load import run_eager
 from compiler.types import Model, Target
+from tests.backends.conftest import export as export_artifact
 from tests.backends.conftest import load_checkpoint
 from tests.zoo import save_checkpoint
 
@@ -45,7 +46,7 @@ target_link_libraries(encode "${TORCH_LIBRARIES}")
 
 def export(out: Path, model: Model, precision: str) -> tuple[Path, dict[str, int]]:
     out.mkdir(exist_ok=True)
-    known = torchscript.export(out, model, Target("torchscript", precision))  # type: ignore[arg-type]
+    known = export_artifact(torchscript, out, model, Target("torchscript", precision))  # type: ignore[arg-type]
     return out / torchscript.files(precision)[0], known["fusions"]  # type: ignore[arg-type]
 
 

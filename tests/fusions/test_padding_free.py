@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from compiler.backends import torchscript
+from compiler.backends import BACKENDS
 from compiler.fusions import Declined
-from compiler.fusions.padding_free import GROUPS, Layout, applies, packed
+from compiler.fusions.padding_free import GROUPS, Packed, PaddingFree, rewrite
 from compiler.types import Artifact, File, Model, Runner, Target
-from tests.backends.conftest import load_checkpoint
+from tests.backends.conftest import export, load_checkpoint
 from tests.zoo import ZOO, save_checkpoint
 
 # Those whose attention is their own code, outside of transformers' attention interface.
@@ -42,12 +42,17 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return load_checkpoint(save_checkpoint(tmp_path_factory.mktemp(request.param), request.param))
 
 
-@pytest.fixture(scope="module")
-def runner(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    out = tmp_path_factory.mktemp("artifact")
-    torchscript.export(out, model, Target("torchscript", "fp32"))
-    files = tuple(File(path, "", 0) for path in torchscript.files("fp32"))
-    return torchscript.open(out, Artifact("torchscript", "fp32", files, torchscript.runtime("fp32"), key=""), 1)
+def opened(model: Model, format: str, out: Path) -> Runner:
+    """An fp32 artifact of the model, from its file."""
+    backend = BACKENDS[format]
+    export(backend, out, model, Target(format, "fp32"))
+    files = tuple(File(path, "", 0) for path in backend.files("fp32"))
+    return backend.open(out, Artifact(format, "fp32", files, backend.runtime("fp32"), key=""), 1)
+
+
+@pytest.fixture(scope="module", params=sorted(BACKENDS))
+def runner(request: pytest.FixtureRequest, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    return opened(model, request.param, tmp_path_factory.mktemp("artifact"))
 
 
 def inputs(model: Model, mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -82,39 +87,93 @@ def test_model_is_as_before(model: Model) -> None:
     given: Mapping[str, torch.Tensor] = inputs(model, masks()["right"])
     with torch.inference_mode():
         before = model.module(**given)["last_hidden_state"]
-        with packed(model.module):
+        found = rewrite(model.module, model.example)
+        assert isinstance(found, PaddingFree)
+        with found.applied(model.module):
             model.module(**given)
+        with pytest.raises(KeyError), found.applied(model.module):
+            raise KeyError
         assert torch.equal(model.module(**given)["last_hidden_state"], before)
+
+
+@pytest.mark.parametrize("format", sorted(BACKENDS))
+@pytest.mark.parametrize("task", ["fill-mask", "question-answering", "text-classification"])
+def test_heads(format: str, task: str, tmp_path: Path) -> None:
+    """A head that answers for each token runs on the packed ones too; one that answers for the text sees it whole."""
+    model = load_checkpoint(save_checkpoint(tmp_path / "bert", "bert", task), task)
+    found = rewrite(model.module, model.example)
+    assert isinstance(found, PaddingFree)
+    assert found.whole == (task != "text-classification")
+    run = opened(model, format, tmp_path / "artifact")
+    for kind in ("right", "left", "no padding", "one row"):
+        mask = masks()[kind]
+        given = inputs(model, mask)
+        with torch.inference_mode():
+            expected = model.module(**given)
+        actual = run({name: value.numpy() for name, value in given.items()})
+        for name, value in expected.items():
+            answer = torch.from_numpy(actual[name])
+            assert answer.shape == value.shape
+            by_token = value.shape[:2] == mask.shape
+            # A text's answer is its first token's, which padding on the left makes a padded one.
+            counts = mask > 0 if by_token else mask[:, 0] > 0
+            assert float((answer - value)[counts].abs().max()) < 1e-5 * max(1.0, float(value.abs().max()))
+            assert not by_token or not answer[mask == 0].any()
+
+
+@pytest.mark.parametrize("format", sorted(BACKENDS))
+def test_odd_sizes(format: str, tmp_path: Path) -> None:
+    """No size here is a multiple of what kernels like."""
+    sizes = {"hidden_size": 33, "num_attention_heads": 3, "intermediate_size": 37, "num_hidden_layers": 1}
+    model = load_checkpoint(save_checkpoint(tmp_path / "bert", "bert", **sizes))
+    run = opened(model, format, tmp_path / "artifact")
+    for kind in ("right", "holes", "no padding"):
+        mask = masks()[kind]
+        given = inputs(model, mask)
+        with torch.inference_mode():
+            expected = model.module(**given)["last_hidden_state"]
+        actual = torch.from_numpy(run({name: value.numpy() for name, value in given.items()})["last_hidden_state"])
+        assert float((actual - expected)[mask > 0].abs().max()) < 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_a_mask_that_is_left_out_is_one_of_ones(tmp_path: Path) -> None:
+    """In TorchScript, as in the original. The other runtimes want every input that a file declares, and say so."""
+    model = load_checkpoint(save_checkpoint(tmp_path / "bert", "bert"))
+    ids = inputs(model, masks()["no padding"])["input_ids"]
+    with torch.inference_mode():
+        expected = model.module(input_ids=ids)["last_hidden_state"]
+    for format in sorted(BACKENDS):
+        run = opened(model, format, tmp_path / format)
+        if format == "torchscript":
+            assert torch.allclose(torch.from_numpy(run({"input_ids": ids.numpy()})["last_hidden_state"]), expected, atol=1e-5)
+        else:
+            with pytest.raises((ValueError, RuntimeError), match=r"(?i)attention_mask|input"):
+                run({"input_ids": ids.numpy()})
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_every_architecture_is_packed_or_says_why(name: str, tmp_path: Path) -> None:
     model = load_checkpoint(save_checkpoint(tmp_path / name, name))
-    found = applies(model.module, dict(model.example))
+    found = rewrite(model.module, model.example)
     if name in DECLINED:
         assert found == Declined("its attention does not go through transformers' attention interface")
     else:
-        assert found == (ZOO[name].config.get("num_hidden_layers") or ZOO[name].config["n_layers"])
+        assert isinstance(found, PaddingFree)
+        assert found.count == (ZOO[name].config.get("num_hidden_layers") or ZOO[name].config["n_layers"])
 
 
 def test_a_model_whose_answers_change_is_declined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rewritten model is held against the original before it is used: here positions are all wrong."""
     model = load_checkpoint(save_checkpoint(tmp_path / "bert", "bert"))
-    original = Layout.__init__
-
-    def wrong(self: Layout, mask: torch.Tensor) -> None:
-        original(self, mask)
-        self.columns = self.columns * 0
-
-    monkeypatch.setattr(Layout, "__init__", wrong)
-    found = applies(model.module, dict(model.example))
+    monkeypatch.setattr(Packed, "columns", lambda self: self.column[None] * 0)
+    found = rewrite(model.module, model.example)
     assert isinstance(found, Declined)
     assert "differs by" in found.reason
 
 
 def test_layout_brings_every_token_back() -> None:
     for mask in masks().values():
-        layout = Layout(mask)
+        layout = Packed(mask)
         values = torch.arange(mask.numel()).reshape(mask.shape) + 1
         again = layout.unpack(layout.pack(values)[..., None].float())[..., 0]
         assert torch.equal(again, (values * mask).float())
