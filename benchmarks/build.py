@@ -27,8 +27,8 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).parent.parent
-PEERS = ROOT / ".peers"
+from benchmarks.peers import PEERS, ROOT, prepare_peers
+
 SAMPLE_SECONDS = 0.05
 
 
@@ -108,15 +108,6 @@ def peers(folder: Path, memory: bool) -> dict[str, float]:
         ),
         "optimum-cli export openvino": run([program, "export", "openvino", *source, openvino], {}, memory=memory),
     }
-
-
-def prepare_peers() -> None:
-    if not (PEERS / "ready").exists():
-        print(f"making {PEERS.name} with the peers (once) …", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(PEERS)], check=True)
-        requirements = str(ROOT / "benchmarks/peers.txt")
-        subprocess.run([str(PEERS / "bin/python"), "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
-        (PEERS / "ready").touch()
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ Counts = dict[Annotated[str, Field(min_length=1)], Annotated[int, Field(ge=1, st
 
 
 class Expect(Strict):
-    """By format, how often a fusion must have fired, at least, in each of its artifacts; `compile inspect` shows the counts."""
+    """By format, how often a fusion must at least have fired in each of its artifacts; `compile inspect` shows the counts."""
 
     torchscript: Counts = Field(default_factory=dict)
     onnx: Counts = Field(default_factory=dict)

@@ -26,6 +26,8 @@ NAME = "compiler_padding_free"
 GROUPS = 6
 # The rewritten model answers as the original to within this, in units of the output's scale; beyond, it is declined.
 TOLERANCE = 1e-4
+# What a model's code raises that is not made for another batch.
+FAILURES = (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 
 
 class Layout(Protocol):
@@ -300,8 +302,11 @@ def rewrite(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> Pad
     mask[4, length // 3 : length // 2] = 0
     inputs = {name: value[:1].expand(6, -1).contiguous() for name, value in example.items()}
     inputs |= {"input_ids": wide, "attention_mask": mask}
-    with torch.inference_mode():
-        expected = {name: value for name, value in module(**inputs).items() if isinstance(value, torch.Tensor)}
+    try:
+        with torch.inference_mode():
+            expected = {name: value for name, value in module(**inputs).items() if isinstance(value, torch.Tensor)}
+    except FAILURES as error:
+        return Declined(f"it does not run on another batch than its example ({_brief(error)})")
     by_token = all(value.shape[:2] == mask.shape for value in expected.values())
     refusal = Declined("")
     for whole in (True, False) if by_token else (False,):
@@ -310,6 +315,10 @@ def rewrite(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> Pad
             return found
         refusal = found
     return refusal
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _check(
@@ -322,8 +331,8 @@ def _check(
     try:
         with torch.inference_mode(), PaddingFree(0, whole).applied(module) as rewritten:
             actual = rewritten(**inputs)
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        return Declined(f"it does not run on packed tokens ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
+    except FAILURES as error:
+        return Declined(f"it does not run on packed tokens ({_brief(error)})")
     if not ATTENTION.calls:
         return Declined("its attention does not go through transformers' attention interface")
     for name, value in expected.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_heads(format: str, task: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", sorted(BACKENDS))
 def test_odd_sizes(format: str, tmp_path: Path) -> None:
     """No size here is a multiple of what kernels like."""
-    sizes = {"hidden_size": 33, "num_attention_heads": 3, "intermediate_size": 37, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"hidden_size": 33, "num_attention_heads": 3, "intermediate_size": 37, "num_hidden_layers": 1}
     model = load_checkpoint(save_checkpoint(tmp_path / "bert", "bert", **sizes))
     run = opened(model, format, tmp_path / "artifact")
     for kind in ("right", "holes", "no padding"):

@@ -26,6 +26,7 @@ from compiler.stages.export import export
 from compiler.stages.load import REFERENCE, SAMPLES, load, reference
 from compiler.stages.validate import validate
 from compiler.types import Artifact, Check, Model, Snapshot, Target
+from tests.backends.conftest import export as export_artifact
 from tests.zoo import save_checkpoint
 
 FEATURES, ANSWERS = "feature-extraction", "question-answering"
@@ -66,7 +67,8 @@ class Bench:
         """TorchScript of the model inside another module."""
         out.mkdir()
         model: Model = load(self.snapshot, self.task)
-        BACKENDS["torchscript"].export(out, replace(model, module=wrap(model.module).eval()), Target("torchscript", "fp32"))
+        wrapped = replace(model, module=wrap(model.module).eval())
+        export_artifact(BACKENDS["torchscript"], out, wrapped, Target("torchscript", "fp32"))
         return out
 
     def figures(self, name: str, folder: Path) -> dict[str, Any]:
