@@ -432,13 +432,13 @@ def test_next_release(release: str, following: str) -> None:
 def test_a_fusion_that_stops_firing_fails_the_build(command: Command, tmp_path: Path, bert: Path) -> None:
     """Below opset 20 ONNX has no Gelu, so none is found to be fused with its bias."""
     shutil.copytree(bert, tmp_path / "checkpoint")
-    expect = {"onnx": {"BiasGelu": 2, "MultiHeadAttention": 2}, "openvino": {"padding_free": 2}}
+    expect = {"onnx": {"BiasGelu": 2, "Attention": 2}, "openvino": {"padding_free": 2}}
     targets: dict[str, object] = {"onnx": {"precisions": ["fp32"], "opset": 18}, "openvino": ["fp32"]}
     pipeline = write_pipeline(tmp_path, "path:checkpoint", targets=targets, optimize={"expect": expect})
     run = command(pipeline)
     assert run.returncode == 1
     line = error_line(run)
-    assert "tiny 1.0.0: onnx fp32: BiasGelu fired 0 times, optimize.expect says 2; fused here: LayerNormalization=5 " in line
+    assert "tiny 1.0.0: onnx fp32: BiasGelu fired 0 times, optimize.expect says 2; fused here: Attention=2 " in line
     assert not (tmp_path / "artifacts/tiny/1.0.0").exists()
     # What is known of the export is known to plan too.
     plan = command("plan", pipeline, "--json")
@@ -461,6 +461,6 @@ def test_inspect_says_what_was_fused_and_where_it_is_fast(command: Command, tmp_
     targets = {"onnx": ["fp32"], "openvino": ["fp32", "bf16"]}
     assert command(write_pipeline(tmp_path, "path:checkpoint", targets=targets)).returncode == 0
     shown = command("inspect", tmp_path / "artifacts/tiny/1.0.0").stdout
-    assert "  fused    BiasGelu 2, LayerNormalization 5, MultiHeadAttention 2, concat_linear 2, padding_free 2\n" in shown
+    assert "  fused    Attention 2, BiasGelu 2, Gemm 4, LayerNormalization 5, padding_free 2\n" in shown
     assert shown.count("  fused    Gelu 2, MVN 5, ScaledDotProductAttention 2, padding_free 2\n") == 2
     assert "  fast on  a CPU with amx_bf16, avx512_bf16 or bf16\n" in shown
