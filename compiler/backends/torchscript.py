@@ -89,9 +89,9 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
     if padding_free is None:
         dense, counts = trace(module)
         return script.assemble(model.inputs, dense, dense, weights), counts
-    dense, _ = trace(lambda **inputs: module(**{**inputs, "attention_mask": None}))  # nothing is padded: nothing to mask
+    dense, counts = trace(lambda **inputs: module(**{**inputs, "attention_mask": None}))  # nothing is padded: nothing to mask
     with padding_free.applied(module):
-        packed, counts = trace(module)
+        packed, _ = trace(module)
     return script.assemble(model.inputs, dense, packed, weights), {"padding_free": padding_free.count, **counts}
 
 

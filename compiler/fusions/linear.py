@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from compiler.fusions.attention import attention
+
 
 @torch.jit.script
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -133,8 +135,19 @@ def collect(module: torch.nn.Module, run: Callable[[], object]) -> Weights:
     return weights
 
 
+def _plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """The arguments of a call of scaled_dot_product_attention for `attention`; None where it asks for more."""
+    given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | dict(kwargs)
+    query, key = given["query"], given["key"]
+    if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa") or query.shape[1] != key.shape[1]:
+        return None
+    scale = given.get("scale")
+    return query, key, given["value"], given.get("attn_mask"), float(query.shape[-1] ** -0.5 if scale is None else scale)
+
+
 class Fuse(TorchFunctionMode):
-    """While it is active, parameters are replaced by traced inputs and linear layers by the functions above.
+    """While it is active, parameters are replaced by traced inputs, linear layers by the functions above, and scaled dot
+    products by `attention`.
 
     Args:
         weights: what `collect` found.
@@ -157,6 +170,9 @@ class Fuse(TorchFunctionMode):
             return self._linear(args[0], layer)
         if func is functional.dropout and not (args[2] if len(args) > 2 else kwargs.get("training", True)):
             return args[0]
+        if func is functional.scaled_dot_product_attention and (plain := _plain(args, kwargs)) is not None:
+            self._count["attention"] += 1
+            return attention(*plain)
         if name == "gelu" and (made := self._made.get(id(args[0]))) is not None:
             x, layer = made
             self._count["linear_gelu"] += 1

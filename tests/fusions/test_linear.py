@@ -53,7 +53,7 @@ def export(out: Path, model: Model, precision: str) -> tuple[Path, dict[str, int
 def test_counts(model: Model, tmp_path: Path) -> None:
     """BERT: a layer has one joined query, key and value, one gelu, and two sums; the pooler is a plain one."""
     _, fusions = export(tmp_path / "out", model, "fp32")
-    assert fusions == {"padding_free": 2, "concat_linear": 2, "linear": 1, "linear_add": 4, "linear_gelu": 2}
+    assert fusions == {"padding_free": 2, "attention": 2, "concat_linear": 2, "linear": 1, "linear_add": 4, "linear_gelu": 2}
 
 
 def test_every_weight_is_in_the_file_once(model: Model, tmp_path: Path) -> None:
