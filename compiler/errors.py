@@ -40,3 +40,7 @@ class NumericsError(CompileError):
 
 class ReleaseError(CompileError):
     """A release on disk is damaged, or one that exists would be changed."""
+
+
+class RegistryError(CompileError):
+    """A registry refused, cannot be reached, or holds what must not be used."""

@@ -22,6 +22,10 @@ from compiler.types import Artifact, File, Signature
 MANIFEST = "manifest.json"
 VALIDATION = "validation.json"
 SAMPLES = "validation.safetensors"
+SUMS = "SHA256SUMS"
+SIGNATURE = "model.sig"
+# Files of a release that its manifest cannot list, since they cover the manifest itself.
+OUTSIDE = (SUMS, SIGNATURE)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,13 @@ class Manifest:
     def every_file(self) -> tuple[File, ...]:
         return tuple(sorted((*self.files, *(file for artifact in self.artifacts for file in artifact.files))))
 
+    @property
+    def identity(self) -> str:
+        """The digest (sha256, hex) of all that a release is, each file's hash included; a recorded benchmark is not in it."""
+        body = asdict(self)
+        del body["benchmark"]
+        return digest(body)
+
 
 def to_bytes(manifest: Manifest) -> bytes:
     """The content of manifest.json."""
@@ -117,8 +128,9 @@ def from_bytes(content: bytes, where: str) -> Manifest:
         pure = PurePosixPath(path)
         if not pure.parts or pure.is_absolute() or ".." in pure.parts or str(pure) != path or re.search(r"[\\\x00:]", path):
             raise ReleaseError(f"{where}: names {path!r}, which is no path inside a release; do not use it")
-    if MANIFEST in paths:
-        raise ReleaseError(f"{where}: names {MANIFEST} as a file of itself; do not use this release")
+    for path in (MANIFEST, *OUTSIDE):
+        if path in paths:
+            raise ReleaseError(f"{where}: names {path} as a file of itself; do not use this release")
     if len(set(paths)) != len(paths):
         raise ReleaseError(f"{where}: names a file twice; do not use this release")
     return manifest

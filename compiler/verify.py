@@ -18,7 +18,7 @@ from compiler import workers
 from compiler.config import Limits, ModelSpec, OnnxTargets, Targets
 from compiler.errors import ConfigError, NumericsError, ReleaseError, SourceError
 from compiler.hashing import hash_files, list_files
-from compiler.manifest import MANIFEST, SAMPLES, VALIDATION, Manifest, from_bytes, to_bytes
+from compiler.manifest import MANIFEST, OUTSIDE, SAMPLES, VALIDATION, Manifest, from_bytes, to_bytes
 from compiler.numerics import judge
 from compiler.sources import resolve
 from compiler.stages.load import REFERENCE, reference_again
@@ -87,7 +87,7 @@ def verify_files(path: Path, manifest: Manifest) -> None:
         ReleaseError: a file is missing, changed or too many, or is a link.
     """
     expected = {file.path: file for file in manifest.every_file}
-    present = set(list_files(path)) - {MANIFEST}
+    present = set(list_files(path)) - {MANIFEST, *OUTSIDE}
     problems = [f"{name} is missing" for name in sorted(set(expected) - present)]
     problems += [f"{name} is not in the manifest" for name in sorted(present - set(expected))]
     regular = []

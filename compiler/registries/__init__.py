@@ -1,0 +1,139 @@
+"""Registries: where releases are published to and fetched from, a module each behind one protocol, chosen by URL.
+
+A registry's URL names the place of one model. A release's version is its name there and never changes; an alias such as
+`latest` or `prod` is a name that moves. A reference is a version, an alias, or `sha256:` and a manifest's digest, after an
+`@` at the end of the URL: `file:///srv/models/minilm@1.0.0`, `oci://registry.example/models/minilm@prod`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import SplitResult, urlsplit
+
+from compiler.config import SEMVER
+from compiler.errors import RegistryError
+from compiler.manifest import Manifest
+from compiler.types import File
+
+ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Version:
+    """A published release: its version, its manifest's digest (hex), and the aliases that name it now."""
+
+    release: str
+    digest: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A release on disk, verified, ready to be sent. `files` are all of its files but manifest.json, each hashed."""
+
+    path: Path
+    manifest: Manifest
+    content: bytes
+    files: tuple[File, ...]
+
+
+class Registry(Protocol):
+    """One model's place in a registry. Every method raises RegistryError, in one line, and nothing else.
+
+    A published version is whole from the moment that it resolves; until then nothing of a push can be seen by `resolve`
+    and `list`. Network faults are tried again (`compiler.registries.transfer.retrying`) before they are an error.
+    """
+
+    url: str
+
+    def list(self) -> tuple[Version, ...]:
+        """Every published version, oldest version first; empty where nothing is published yet."""
+
+    def resolve(self, reference: str) -> Version | None:
+        """The version that a release's name, an alias or a digest names; None where there is none."""
+
+    def push(self, parcel: Parcel) -> None:
+        """Publish a release whose version does not resolve yet. What an interrupted push sent is not sent again.
+
+        Raises:
+            TakenError: another push of that version came first.
+        """
+
+    def alias(self, name: str, version: Version) -> None:
+        """Make `name` name a published version, in one step."""
+
+    def pull(self, version: Version, folder: Path) -> None:
+        """Write a published release into an empty folder, by `compiler.registries.transfer.receive`."""
+
+
+class TakenError(RegistryError):
+    """The version was published by somebody else meanwhile."""
+
+
+# Which module serves a URL's scheme; every other scheme is for fsspec. A module has `connect(url) -> Registry`.
+REGISTRIES = {"oci": "oci", "mlflow": "mlflow", "hf": "hub"}
+OTHERS = "filesystem"
+
+
+def connect(url: str) -> Registry:
+    """The registry that serves a URL without a reference.
+
+    Raises:
+        RegistryError: it is no URL, names a scheme that nothing serves, or holds a password.
+    """
+    parts = _split(url)
+    module = importlib.import_module(f"{__name__}.{REGISTRIES.get(parts.scheme, OTHERS)}")
+    registry: Registry = module.connect(url.rstrip("/"))
+    return registry
+
+
+def parse(url: str) -> tuple[str, str]:
+    """A URL with its reference taken off, and the reference; `latest` where it has none.
+
+    Raises:
+        RegistryError: as `connect`, or the reference is no version, alias or digest.
+    """
+    parts = _split(url)
+    at = url.rfind("@", url.rfind("/"))
+    if at < 0 or at < len(parts.scheme) + 3:
+        return url, LATEST
+    place, reference = url[:at], url[at + 1 :]
+    check_reference(reference, url)
+    return place, reference
+
+
+def check_reference(reference: str, url: str) -> None:
+    """Raises RegistryError when a text is no version, alias or digest."""
+    if not (re.fullmatch(SEMVER, reference) or ALIAS.fullmatch(reference) or DIGEST.fullmatch(reference)):
+        raise RegistryError(f"{url}: {reference!r} is no version (1.0.0), alias (prod) or digest (sha256:…); correct it")
+
+
+def check_alias(name: str) -> None:
+    """Raises RegistryError when a text cannot be an alias: it must not be taken for a version or a digest."""
+    if not ALIAS.fullmatch(name):
+        raise RegistryError(f"alias {name!r}: an alias starts with a letter and is letters, digits, '.', '_' and '-'")
+
+
+def match(versions: Sequence[Version], reference: str) -> Version | None:
+    """The version among `versions` that a reference names."""
+    for version in versions:
+        if reference in (version.release, f"sha256:{version.digest}", *version.aliases):
+            return version
+    return None
+
+
+def _split(url: str) -> SplitResult:
+    parts = urlsplit(url)
+    if not parts.scheme or "://" not in url:
+        raise RegistryError(f"{url}: no registry's URL; give file://, s3://, oci://, mlflow:// or hf://")
+    if parts.password:
+        shown = url.replace(f":{parts.password}@", ":…@")
+        raise RegistryError(f"{shown}: holds a password; leave it out, each registry's own variables or login file have it")
+    return parts
