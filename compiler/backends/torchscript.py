@@ -1,6 +1,6 @@
-"""TorchScript: traced, fused, frozen, and free of Python. No exporter makes it any more, so this module does.
+"""TorchScript: traced, fused, and free of Python. No exporter makes it any more, so this module does.
 
-torch has deprecated TorchScript but still traces, freezes, saves and loads it; what that takes stands here alone.
+torch has deprecated TorchScript but still traces, saves and loads it; what that takes stands here alone.
 """
 
 from __future__ import annotations
