@@ -59,6 +59,7 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
     import torch
 
     from compiler.fusions import script
+    from compiler.fusions.padding_free import Dense
 
     example = dict(model.example)
     linears = model.rewrites["linear"]
@@ -89,7 +90,8 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
     if padding_free is None:
         dense, counts = trace(module)
         return script.assemble(model.inputs, dense, dense, weights), counts
-    dense, counts = trace(lambda **inputs: module(**{**inputs, "attention_mask": None}))  # nothing is padded: nothing to mask
+    with padding_free.applied(module, Dense):
+        dense, counts = trace(module)
     with padding_free.applied(module):
         packed, _ = trace(module)
     return script.assemble(model.inputs, dense, packed, weights), {"padding_free": padding_free.count, **counts}

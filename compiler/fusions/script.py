@@ -41,15 +41,19 @@ def assemble(inputs: Sequence[str], dense: Any, packed: Any, weights: Weights) -
 
         @torch.jit.export
         def run(self, inputs: list[torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
-            real = mask > 0
+            if mask.shape != inputs[0].shape:
+                raise ValueError("attention_mask: must be [batch, sequence], as input_ids is; 0 at padding")
+            real = mask != 0
             if bool(real.all()):
                 outputs: dict[str, torch.Tensor] = dense(inputs, self.tensors, self.packed)
             elif bool(real.any()):
                 outputs = packed(inputs, self.tensors, self.packed)
-            else:  # nothing to pack: the shapes of an answer, and zeros, as everywhere on padding
-                outputs = dense(inputs, self.tensors, self.packed)
+            else:  # nothing to pack: a row more, with a token, whose answers nobody gets
+                more = [torch.cat([value, value[:1]]) for value in inputs]
+                more[1][-1, 0] = 1
+                outputs = packed(more, self.tensors, self.packed)
                 for name, value in outputs.items():
-                    outputs[name] = torch.zeros_like(value)
+                    outputs[name] = value[:-1]
             return outputs
 
         @torch.jit.export
