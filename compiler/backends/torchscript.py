@@ -1,6 +1,6 @@
-"""TorchScript: traced, fused, frozen, and free of Python. No exporter makes it any more, so this module does.
+"""TorchScript: traced, fused, and free of Python. No exporter makes it any more, so this module does.
 
-torch has deprecated TorchScript but still traces, freezes, saves and loads it; what that takes stands here alone.
+torch has deprecated TorchScript but still traces, saves and loads it; what that takes stands here alone.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
     import torch
 
     from compiler.fusions import script
+    from compiler.fusions.padding_free import Dense
 
     example = dict(model.example)
     linears = model.rewrites["linear"]
@@ -89,7 +90,8 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
     if padding_free is None:
         dense, counts = trace(module)
         return script.assemble(model.inputs, dense, dense, weights), counts
-    dense, counts = trace(lambda **inputs: module(**{**inputs, "attention_mask": None}))  # nothing is padded: nothing to mask
+    with padding_free.applied(module, Dense):
+        dense, counts = trace(module)
     with padding_free.applied(module):
         packed, _ = trace(module)
     return script.assemble(model.inputs, dense, packed, weights), {"padding_free": padding_free.count, **counts}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
+    from compiler.types import Model
 
 
 @dataclass(frozen=True)
@@ -20,18 +20,25 @@ class Declined:
     reason: str
 
 
-def _padding_free(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> Any:
+def _padding_free(model: Model) -> Any:
     from compiler.fusions import padding_free
 
-    return padding_free.rewrite(module, example)
+    tokenizer = model.tokenizer
+    padding = tokenizer.pad_token_id
+    special = [token for token in tokenizer.all_special_ids if token != padding]
+    return padding_free.rewrite(
+        model.module,
+        dict(model.example),
+        special if padding is None else (padding, *special),
+        left=tokenizer.padding_side == "left",
+    )
 
 
-def _linear(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> Any:
+def _linear(model: Model) -> Any:
     from compiler.fusions import linear
 
-    return linear.rewrite(module, example)
+    return linear.Linears()
 
 
-#: Each takes a module and inputs to try it on, leaves the module as it is, and returns what a backend applies while it
-#: traces, or `Declined`.
+#: Each takes a model, leaves it as it is, and returns what a backend applies while it traces, or `Declined`.
 REWRITES: Mapping[str, Callable[..., Any]] = {"padding_free": _padding_free, "linear": _linear}

@@ -19,7 +19,7 @@ def attention(
 
     Args:
         mask: bool, true at keys that may be seen, or what is added to the scores; broadcasts to
-            `[batch, heads, sequence, sequence]`.
+            `[batch, heads, sequence, sequence]`. One of other than four dimensions is left to torch's kernel.
     """
     batch, heads, sequence = query.shape[0], query.shape[1], query.shape[2]
     if query.dtype == torch.bfloat16:
@@ -28,7 +28,7 @@ def attention(
     else:
         plain = sequence <= 192
         most = 1 << 18
-    if not plain or key.shape[2] != sequence:
+    if not plain or key.shape[2] != sequence or (mask is not None and mask.dim() != 4):
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     if mask is not None and mask.dtype == torch.bool:
         # Finite, so that a sequence without any key gives numbers that nobody reads, and no NaN.

@@ -75,9 +75,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Linears:
-    """Linear layers, and what follows them, as oneDNN's kernels. `count` is of the layers."""
-
-    count: int
+    """Linear layers, and what follows them, as oneDNN's kernels."""
 
     def weights(self, module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> Weights:
         """What `collect` finds in a module, which may be the model at another precision."""
@@ -86,11 +84,6 @@ class Linears:
     def applied(self, weights: Weights, tensors: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> Fuse:
         """The mode to trace in."""
         return Fuse(weights, tensors, packed)
-
-
-def rewrite(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> Linears:
-    """The linear layers that a call of the module meets; there may be none."""
-    return Linears(len(collect(module, lambda: module(**example)).layers))
 
 
 def collect(module: torch.nn.Module, run: Callable[[], object]) -> Weights:
@@ -139,7 +132,9 @@ def _plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | 
     """The arguments of a call of scaled_dot_product_attention for `attention`; None where it asks for more."""
     given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | dict(kwargs)
     query, key = given["query"], given["key"]
-    if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa") or query.shape[1] != key.shape[1]:
+    if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
+        return None
+    if query.dim() != 4 or key.shape[1] != query.shape[1]:
         return None
     scale = given.get("scale")
     return query, key, given["value"], given.get("attn_mask"), float(query.shape[-1] ** -0.5 if scale is None else scale)
@@ -159,7 +154,9 @@ class Fuse(TorchFunctionMode):
         super().__init__()
         self.weights, self.tensors, self.packed = weights, tensors, packed
         self._count: Counter[str] = Counter()
-        self._made: dict[int, tuple[torch.Tensor, Layer]] = {}
+        # By a tensor's id: what its layer was given, the layer, the tensor, and the versions of both, since an operation in
+        # place changes a tensor and keeps its identity.
+        self._made: dict[int, tuple[torch.Tensor, Layer, torch.Tensor, tuple[int, int]]] = {}
         self._split: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
         self._kept: list[Any] = []
 
@@ -173,14 +170,14 @@ class Fuse(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention and (plain := _plain(args, kwargs)) is not None:
             self._count["attention"] += 1
             return attention(*plain)
-        if name == "gelu" and (made := self._made.get(id(args[0]))) is not None:
+        if name == "gelu" and (made := self._layer(args[0])) is not None:
             x, layer = made
             self._count["linear_gelu"] += 1
             approximate = args[1] if len(args) > 1 else kwargs.get("approximate", "none")
             return self._keep(linear_gelu(x, self.packed[layer.pack], self._bias(layer), approximate))
         if name in ("add", "__add__", "__radd__") and len(args) == 2 and not kwargs:
             for one, other in (args, args[::-1]):
-                made = self._made.get(id(one))
+                made = self._layer(one)
                 if made is not None and isinstance(other, torch.Tensor) and other.shape == one.shape:
                     x, layer = made
                     self._count["linear_add"] += 1
@@ -197,8 +194,7 @@ class Fuse(TorchFunctionMode):
         if not layer.sizes:
             self._count["linear"] += 1
             output = self._keep(linear(x, self.packed[layer.pack], self._bias(layer)))
-            self._made[id(output)] = (x, layer)
-            self._kept.append(x)
+            self._made[id(output)] = (x, layer, output, (x._version, output._version))
             return output
         key = (id(x), layer.pack)
         if key not in self._split:
@@ -207,6 +203,13 @@ class Fuse(TorchFunctionMode):
             output = linear(x, self.packed[layer.pack], self._bias(layer))
             self._split[key] = torch.split(output, list(layer.sizes), dim=-1)
         return self._split[key][layer.part]
+
+    def _layer(self, value: Any) -> tuple[torch.Tensor, Layer] | None:
+        """What a linear layer was given, and which, when a value is as that layer made it."""
+        if (made := self._made.get(id(value))) is None:
+            return None
+        x, layer, output, versions = made
+        return (x, layer) if versions == (x._version, output._version) else None
 
     def _bias(self, layer: Layer) -> torch.Tensor | None:
         return None if layer.bias is None else self.tensors[layer.bias]

@@ -13,7 +13,7 @@ from compiler.types import Model
 def optimize(model: Model, wanted: Sequence[str]) -> Model:
     """The model with its `rewrites`, and the reasons of those that were `declined`. The module itself is untouched: a
     backend applies them while it traces."""
-    found = {name: REWRITES[name](model.module, dict(model.example)) for name in wanted}
+    found = {name: REWRITES[name](model) for name in wanted}
     return replace(
         model,
         rewrites={name: rewrite for name, rewrite in found.items() if not isinstance(rewrite, Declined)},

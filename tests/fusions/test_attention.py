@@ -13,10 +13,10 @@ SHAPES = [(1, 3, 1, 5), (2, 2, 17, 8), (5, 3, 64, 8), (3, 2, 200, 4), (0, 2, 4, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["none", "keys", "pairs", "added"])
+@pytest.mark.parametrize("kind", ["none", "keys", "pairs", "added", "one for all", "one a head"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_answers_as_torch(shape: tuple[int, int, int, int], kind: str, dtype: torch.dtype) -> None:
-    batch, _, sequence, size = shape
+    batch, heads, sequence, _ = shape
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
     mask = None
@@ -28,14 +28,18 @@ def test_answers_as_torch(shape: tuple[int, int, int, int], kind: str, dtype: to
         mask = ((distance[:, None] - distance).abs() < 3).expand(batch, 1, sequence, sequence)
     elif kind == "added":
         mask = torch.randn(1, 1, sequence, sequence, generator=generator)
+    elif kind == "one for all":
+        mask = torch.randn(sequence, sequence, generator=generator) > -1
+        mask.fill_diagonal_(True)
+    elif kind == "one a head":
+        mask = torch.randn(heads, sequence, sequence, generator=generator)
     expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
-    given = mask.to(dtype) if mask is not None and kind == "added" else mask
+    given = mask.to(dtype) if mask is not None and mask.dtype != torch.bool else mask
     actual = attention(query.to(dtype), key.to(dtype), value.to(dtype), given, 0.3)
     assert actual.dtype == dtype
     assert actual.shape == expected.shape
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     assert torch.allclose(actual.float(), expected, atol=tolerance)
-    assert size == actual.shape[3]
 
 
 def test_a_sequence_without_a_key_is_finite() -> None:
