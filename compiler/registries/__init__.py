@@ -86,6 +86,7 @@ class TakenError(RegistryError):
 # Which module serves a URL's scheme; every other scheme is for fsspec. A module has `connect(url) -> Registry`.
 REGISTRIES = {"file": "filesystem", "oci": "oci", "mlflow": "mlflow", "hf": "hub"}
 OTHERS = "objects"
+SCHEMES = "file://, s3://, oci://, mlflow:// or hf://"
 
 
 def connect(url: str) -> Registry:
@@ -115,11 +116,20 @@ def parse(url: str) -> tuple[str, str]:
     return place, reference
 
 
-def place(url: str) -> str:
-    """A URL that must have no reference. Raises RegistryError when it has one, or as `connect`."""
-    found, _ = parse(url)
-    if found != url:
+def check_place(url: str) -> str:
+    """A URL that names a model's place and nothing in it.
+
+    Raises:
+        RegistryError: as `connect`, or it has a reference.
+    """
+    scheme = _split(url).scheme
+    if parse(url)[0] != url:
         raise RegistryError(f"{url}: names a version or an alias; leave out what follows the '@'")
+    if scheme not in REGISTRIES:
+        from fsspec.registry import known_implementations
+
+        if scheme not in known_implementations:
+            raise RegistryError(f"{url}: nothing serves {scheme}://; give {SCHEMES}")
     return url
 
 
@@ -169,7 +179,7 @@ def _split(url: str) -> SplitResult:
         ) from None
     del port
     if not parts.scheme or "://" not in url:
-        raise RegistryError(f"{url}: no registry's URL; give file://, s3://, oci://, mlflow:// or hf://")
+        raise RegistryError(f"{url}: no registry's URL; give {SCHEMES}")
     if parts.password:
         shown = url.replace(f":{parts.password}@", ":…@")
         raise RegistryError(f"{shown}: holds a password; leave it out, each registry's own variables or login file have it")

@@ -28,6 +28,7 @@ from compiler.registries import (
     ALIAS,
     ALIAS_BYTES,
     DIGEST,
+    SCHEMES,
     Parcel,
     Registry,
     TakenError,
@@ -84,7 +85,7 @@ def connect(url: str) -> Registry:
     try:
         implementation = fsspec.get_filesystem_class(scheme)
     except ValueError:
-        raise RegistryError(f"{url}: nothing serves {scheme}://; give file://, s3://, oci://, mlflow:// or hf://") from None
+        raise RegistryError(f"{url}: nothing serves {scheme}://; give {SCHEMES}") from None
     except ImportError as error:
         package = f"pip install 'aot-model-compiler[{NEEDS[scheme]}]'" if scheme in NEEDS else " ".join(str(error).split())
         raise RegistryError(f"{url}: {scheme}:// needs a package that is not installed: {package}") from error
@@ -131,8 +132,7 @@ class Objects:
     def push(self, parcel: Parcel) -> None:
         if self.scheme not in CREATES:
             raise RegistryError(
-                f"{self.url}: {self.scheme}:// cannot be kept from replacing a published version; push to file://, s3://, "
-                f"oci://, mlflow:// or hf://"
+                f"{self.url}: {self.scheme}:// cannot be kept from replacing a published version; push to {SCHEMES}"
             )
         key, release = key_of(parcel), parcel.manifest.release
         # The largest first, so that no thread is left with it alone at the end.

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compiler import registries
-from compiler.errors import RegistryError, ReleaseError
+from compiler.errors import CompileError, RegistryError, ReleaseError
 from compiler.hashing import hash_file
 from compiler.manifest import MANIFEST, OUTSIDE, Manifest, from_bytes
 from compiler.registries import Parcel, Registry, TakenError, Version
 from compiler.store import scratch, writing
+from compiler.types import Event
 from compiler.verify import read_release, verify_files
 
 
 @dataclass(frozen=True)
 class Published:
-    """What a push came to: the place, the version, whether this push sent it, and the aliases that it moved."""
+    """What a push came to: the release, the place, the version, whether this push sent it, and the aliases that it moved."""
 
+    path: Path
     url: str
     version: Version
     made: bool
@@ -38,7 +41,7 @@ def push(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifes
     """
     for name in aliases:
         registries.check_alias(name)
-    registry = registries.connect(registries.place(url))
+    registry = registries.connect(registries.check_place(url))
     manifest = verified if verified is not None else read_release(path)[0]
     content = (path / MANIFEST).read_bytes()
     if from_bytes(content, str(path / MANIFEST)).identity != manifest.identity:
@@ -60,7 +63,7 @@ def push(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifes
     moved = tuple(dict.fromkeys(name for name in aliases if name not in version.aliases))
     for name in moved:
         registry.alias(name, version)
-    return Published(url, replace(version, aliases=tuple(sorted({*version.aliases, *moved}))), made, moved)
+    return Published(path, url, replace(version, aliases=tuple(sorted({*version.aliases, *moved}))), made, moved)
 
 
 def alias(url: str, name: str) -> tuple[Version, bool]:
@@ -86,7 +89,29 @@ def alias(url: str, name: str) -> tuple[Version, bool]:
 
 def versions(url: str) -> tuple[Version, ...]:
     """What is published at a URL, oldest version first. Raises RegistryError when it cannot be reached or refuses."""
-    return registries.connect(registries.place(url)).list()
+    return registries.connect(registries.check_place(url)).list()
+
+
+def publish(
+    path: Path,
+    url: str,
+    aliases: Sequence[str],
+    tell: Callable[[Event], None],
+    manifest: Manifest,
+    *,
+    verified: bool = False,
+) -> Published:
+    """As `push`, telling of it. `manifest` is the release's, `verified` whether all of it was hashed in this process."""
+    model, step, started = f"{manifest.name} {manifest.release}", f"publish {url}", time.monotonic()
+    tell(Event(model, step, "start"))
+    try:
+        published = push(path, url, aliases, verified=manifest if verified else None)
+    except CompileError:
+        tell(Event(model, step, "failed", time.monotonic() - started))
+        raise
+    state = "published" if published.made else "there"
+    tell(Event(model, step, state, time.monotonic() - started, ", ".join(published.moved)))
+    return published
 
 
 def _same(registry: Registry, manifest: Manifest) -> Version | None:

@@ -62,8 +62,13 @@ class S3:
         """A client of boto3's, to look at what is stored and to damage it."""
         import boto3
 
+        secret = environment(self.url)
         return boto3.client(
-            "s3", endpoint_url=self.url, region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test"
+            "s3",
+            endpoint_url=self.url,
+            region_name=secret["AWS_DEFAULT_REGION"],
+            aws_access_key_id=secret["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=secret["AWS_SECRET_ACCESS_KEY"],
         )
 
     def make_bucket(self, name: str) -> str:
