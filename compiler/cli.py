@@ -344,8 +344,10 @@ def list_versions(url: str, as_json: bool) -> None:
     if as_json:
         _print_json([asdict(version) for version in found])
         return
-    for line in _lines([(v.release, f"sha256:{v.digest}", ", ".join(v.aliases)) for v in found]).splitlines() if found else ():
-        click.echo(line)
+    if not found:
+        click.echo(f"{url}: nothing is published there", err=True)
+        return
+    click.echo(_lines([(version.release, f"sha256:{version.digest}", ", ".join(version.aliases)) for version in found]))
 
 
 @cli.command(short_help="Move an alias in a registry.")

@@ -102,6 +102,8 @@ def publish(
     verified: bool = False,
 ) -> Published:
     """As `push`, telling of it. `manifest` is the release's, `verified` whether all of it was hashed in this process."""
+    # Before the URL is shown to anybody: one that holds a password is refused, and not repeated.
+    registries.check_place(url)
     model, step, started = f"{manifest.name} {manifest.release}", f"publish {url}", time.monotonic()
     tell(Event(model, step, "start"))
     try:
