@@ -64,7 +64,7 @@ VARIABLES = {
 # Faults of a connection, by the names of their classes in botocore, aiohttp, requests and fsspec: none of them need be here.
 FAULTS = {
     "HTTPClientError", "ClientConnectionError", "ClientPayloadError", "IncompleteReadError", "IncompleteRead",
-    "ResponseParserError", "ResponseStreamingError", "FSTimeoutError", "RequestException", "ConnectionError", "TimeoutError",
+    "ResponseParserError", "ResponseStreamingError", "FlexibleChecksumError", "FSTimeoutError", "RequestException", "ConnectionError", "TimeoutError",
 }  # fmt: skip
 
 
@@ -285,6 +285,8 @@ class Objects:
             return bytes(self._try(lambda: self.filesystem.cat_file(self._at(path), start=0, end=limit + 1)))
         except FileNotFoundError:
             return None
+        except EOFError:
+            return b""
 
     def _at(self, path: str) -> str:
         return f"{self.root}/{path}"
@@ -312,6 +314,8 @@ class Objects:
             status, code = _answer(error)
             if isinstance(error, FileExistsError) or status == 412:
                 raise FileExistsError from error
+            if status == 416:
+                raise EOFError from error  # not even a first byte
             if code == "NoSuchBucket":
                 raise RegistryError(f"{self.url}: there is no such bucket; make it, or correct the URL") from error
             if isinstance(error, FileNotFoundError):

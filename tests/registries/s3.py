@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -58,6 +59,7 @@ class S3:
             self._process.wait()
             self._process = None
 
+    @functools.cache  # noqa: B019 - a few servers a run
     def client(self) -> Any:
         """A client of boto3's, to look at what is stored and to damage it."""
         import boto3
