@@ -63,8 +63,9 @@ VARIABLES = {
 }
 # Faults of a connection, by the names of their classes in botocore, aiohttp, requests and fsspec: none of them need be here.
 FAULTS = {
-    "HTTPClientError", "ClientConnectionError", "ClientPayloadError", "IncompleteReadError", "IncompleteRead",
-    "ResponseParserError", "ResponseStreamingError", "FlexibleChecksumError", "FSTimeoutError", "RequestException", "ConnectionError", "TimeoutError",
+    "HTTPClientError", "IncompleteReadError", "ResponseParserError", "ResponseStreamingError", "FlexibleChecksumError",
+    "ClientConnectionError", "ClientPayloadError", "IncompleteRead", "RequestException", "FSTimeoutError", "ConnectionError",
+    "TimeoutError",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from compiler import registries
 from compiler.errors import CompileError, RegistryError, ReleaseError
-from compiler.hashing import hash_file
+from compiler.hashing import hash_file, sync_folder
 from compiler.manifest import MANIFEST, OUTSIDE, Manifest, from_bytes
 from compiler.registries import Parcel, Registry, TakenError, Version
 from compiler.store import scratch, writing
@@ -148,9 +149,13 @@ def pull(url: str, folder: Path) -> tuple[Manifest, bool]:
         manifest, _ = read_release(aside)
         if manifest.release != version.release:
             raise ReleaseError(f"{place}: {version.release} holds release {manifest.release}; do not use it")
-        if folder.is_dir():
-            folder.rmdir()
-        os.rename(aside, folder)
+        try:
+            os.rename(aside, folder)  # an empty folder makes room, any other does not
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                return _there(folder, version), False  # another pull was faster
+            raise
+        sync_folder(folder.absolute().parent)
     return manifest, True
 
 

@@ -76,7 +76,7 @@ def manifest_of(
     )
 
 
-def start(*lines: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def start(*lines: str, environment: Mapping[str, str] | None = None, stdin: int | None = None) -> subprocess.Popen[str]:
     """Run lines of Python in a process of their own, with `push`, `pull`, `connect`, `Path` and `die` (kill -9) to hand."""
     program = (
         "import os, signal, time",
@@ -90,6 +90,7 @@ def start(*lines: str, environment: Mapping[str, str] | None = None) -> subproce
     return subprocess.Popen(
         [sys.executable, "-c", "\n".join(program)],
         env={**os.environ, **(environment or {})},
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

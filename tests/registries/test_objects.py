@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -378,24 +377,12 @@ class TestAtOnce:
         other = tmp_path / "other"
         make_release(other, OTHER)
         lines = (
-            "from pathlib import Path",
             "from compiler.registries import objects",
-            "from compiler.stages.publish import push",
             "canonical = objects.canonical",
             "objects.canonical = lambda body: (print('about to', flush=True), input(), canonical(body))[2]",
             f"push(Path({str(release)!r}), {url!r})",
         )
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "\n".join(["from pathlib import Path", "from compiler.stages.publish import push", *lines]),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = start(*lines, stdin=subprocess.PIPE)
         assert process.stdout is not None
         assert process.stdout.readline() == "about to\n"
         assert push(other, url).made
