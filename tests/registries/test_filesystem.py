@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -160,7 +162,7 @@ class TestAliases:
         for mover in movers:
             mover.start()
         try:
-            seen = set()
+            seen: set[str] = set()
             deadline = time.monotonic() + 20
             while len(seen) < 2 and time.monotonic() < deadline:
                 found = registry.resolve("latest")
@@ -308,8 +310,6 @@ class TestFolder:
             one_line(caught, "choose a folder")
 
     def test_one_that_is_read_only(self, release: Path, tmp_path: Path) -> None:
-        import subprocess
-
         with small_disk(tmp_path / "disk", "1m") as disk:
             push(release, f"file://{disk}")
             subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
@@ -348,8 +348,6 @@ class TestFolder:
 
     def test_a_benchmark_that_was_recorded_meanwhile(self, release: Path, root: Path, url: str) -> None:
         """It is no part of what a release is: the version is the same, and stays as it was published."""
-        from dataclasses import replace
-
         push(release, url)
         manifest = from_bytes((release / MANIFEST).read_bytes(), "")
         (release / MANIFEST).write_bytes(to_bytes(replace(manifest, benchmark={"threads": 2})))

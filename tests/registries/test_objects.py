@@ -14,7 +14,7 @@ import pytest
 
 from compiler.errors import RegistryError, ReleaseError
 from compiler.manifest import MANIFEST
-from compiler.registries import connect, objects, transfer
+from compiler.registries import Parcel, connect, objects, transfer
 from compiler.stages.publish import alias, pull, push, versions
 from compiler.verify import read_release, verify_files
 from tests.registries.conftest import FILES, finish, make_release, one_line, race, start
@@ -423,10 +423,10 @@ class TestOtherStores:
         assert pull(url, tmp_path / "out")[1]
 
     def test_one_that_could_replace_a_version(self, release: Path) -> None:
+        manifest, _ = read_release(release)
+        parcel = Parcel(release, manifest, (release / MANIFEST).read_bytes(), manifest.every_file)
         with pytest.raises(RegistryError) as caught:
-            objects.Objects("ftp://host/tiny", "ftp", connect("memory://bucket/x").filesystem, "/x").push(  # type: ignore[attr-defined]
-                parcel_of(release)
-            )
+            objects.Objects("ftp://host/tiny", "ftp", None, "/x").push(parcel)
         one_line(caught, "cannot be kept from replacing a published version")
 
     @pytest.mark.parametrize(
@@ -447,8 +447,3 @@ class TestOtherStores:
         process = start(line, "try: connect('s3://bucket/x')", "except CompileError as error: print(error)")
         (said,) = finish(process)
         assert said.endswith("s3:// needs a package that is not installed: pip install 'aot-model-compiler[s3]'")
-
-
-def parcel_of(release: Path) -> objects.Parcel:
-    manifest, _ = read_release(release)
-    return objects.Parcel(release, manifest, (release / MANIFEST).read_bytes(), manifest.every_file)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -239,9 +241,6 @@ class TestCommands:
 
     def test_no_heavy_import(self, command: Command, tmp_path: Path, url: str) -> None:
         """Pushing to a folder loads neither torch nor fsspec."""
-        import subprocess
-        import sys
-
         make_release(tmp_path / "one")
         script = (
             "import sys; from compiler.cli import cli; "

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from compiler.errors import CompileError, RegistryError, ReleaseError, StageError
 from compiler.hashing import hash_file, list_files
 from compiler.manifest import MANIFEST, SUMS, VALIDATION, to_bytes
-from compiler.registries import connect, precedence, transfer
+from compiler.registries import connect, precedence
 from compiler.registries.transfer import DELAYS, SMALL_BYTES, FaultError, retrying
 from compiler.stages.publish import pull
 from compiler.types import File
@@ -97,18 +99,15 @@ class TestHostileManifest:
         """Two files here; where a disk takes them for one, the release is refused rather than one of them lost."""
         (root / "1.0.0/Config.json").write_bytes(b"other")
         rewrite(root)
-        lexists = os.path.lexists
         with monkeypatch.context() as patch:
             patch.setattr(
-                transfer.os.path,
-                "lexists",
+                "os.path.lexists",
                 lambda path: (
                     Path(path).parent.is_dir()
                     and Path(path).name.lower() in {name.lower() for name in os.listdir(Path(path).parent)}
                 ),
             )
             assert "another file's name on this disk" in refused(root, target)
-        assert os.path.lexists is lexists
         pull(f"file://{root}@1.0.0", target)
         assert (target / "Config.json").read_bytes() == b"other"
         assert (target / "config.json").read_bytes() != b"other"
@@ -225,7 +224,7 @@ class TestTarget:
         """Another program takes the space after it was looked for."""
         with small_disk(tmp_path / "disk", "64k") as disk:
             (disk / "filler").write_bytes(b"x" * 40_000)
-            monkeypatch.setattr(transfer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
+            monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 40))
             with pytest.raises(StageError) as caught:
                 pull(f"file://{root}@1.0.0", disk / "out")
             one_line(caught, "no space is left")
@@ -292,8 +291,6 @@ class TestTarget:
             "publish.read_release = lambda path: (print('fetched', flush=True), input(), read(path))[2]",
             f"print(pull('file://{root}@1.0.0', Path({str(target)!r}))[1])",
         )
-        import subprocess
-
         slow = start(*lines, stdin=subprocess.PIPE)
         assert slow.stdout is not None
         assert slow.stdout.readline() == "fetched\n"
@@ -306,7 +303,7 @@ class TestTarget:
 class TestRetrying:
     def test_it_tries_again_and_gives_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         paused: list[float] = []
-        monkeypatch.setattr(transfer.time, "sleep", paused.append)
+        monkeypatch.setattr("time.sleep", paused.append)
         tried = []
 
         def work() -> int:
@@ -320,7 +317,7 @@ class TestRetrying:
         assert all(delay / 2 <= pause <= delay for delay, pause in zip(DELAYS, paused, strict=True))
 
     def test_it_returns_the_first_success(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(transfer.time, "sleep", lambda _: None)
+        monkeypatch.setattr("time.sleep", lambda _: None)
         answers = [FaultError("1"), FaultError("2"), 3]
 
         def work() -> object:
