@@ -134,7 +134,7 @@ def own_registries(folder: Path) -> Iterator[list[str]]:
 
 
 def measure(folder: Path, url: str, rounds: int, megabytes: int) -> bool:
-    """Print a registry's table; whether it keeps the limits, which are for local ones."""
+    """Print a registry's table; whether it keeps the limits."""
     place = folder / "work"
     place.mkdir(exist_ok=True)
     found: dict[str, list[float]] = {row: [] for row in ROWS}
@@ -151,8 +151,12 @@ def measure(folder: Path, url: str, rounds: int, megabytes: int) -> bool:
         print(f"| {row} | {statistics.median(found[row]):.3f} | {statistics.median(ratios[row]):.2f} | {spread} |")
     for row, figure in commands(place, url, megabytes).items():
         print(f"| {row} | {figure:.3f} | | |")
-    kept = statistics.median(ratios["push"]) <= PUSH_LIMIT and statistics.median(found["push again"]) <= AGAIN_SECONDS
-    print(f"\npush at most {PUSH_LIMIT} × copy and hash, again at most {AGAIN_SECONDS:.0f} s: {'yes' if kept else 'NO'}")
+    # What a server takes for itself is not ours to shorten: beside s3:// stands its own client.
+    base = "client" if "client" in found else "copy and hash"
+    ratio = statistics.median(a / b for a, b in zip(found["push"], found[base], strict=True))
+    kept = ratio <= PUSH_LIMIT and statistics.median(found["push again"]) <= AGAIN_SECONDS
+    limits = f"the limit is {PUSH_LIMIT}; again, {AGAIN_SECONDS:.0f} s"
+    print(f"\npush takes {ratio:.2f} × {base}, {limits}: {'kept' if kept else 'NOT KEPT'}")
     return kept
 
 
@@ -177,7 +181,7 @@ def main() -> None:
         with contextlib.ExitStack() as stack:
             urls = options.urls or stack.enter_context(own_registries(folder))
             kept = [measure(folder, url, options.rounds, options.megabytes) for url in urls]
-    if not options.urls and not kept[0]:
+    if not options.urls and not all(kept):
         sys.exit(1)
 
 

@@ -9,13 +9,14 @@
 
 A fault counts the requests that it matches and acts on the `first` of them (from 1) and as many after it as `times` says. The
 first of the faults that acts on a request wins. `proxy.requests` has every request, with the status that the client saw (0
-where the connection broke before one), in the order in which they ended.
+where the connection broke before one), in the order in which they came.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import re
 import socket
 import struct
@@ -75,7 +76,8 @@ class Proxy:
 
     def __init__(self, server: str) -> None:
         self.host = urlsplit(server).netloc
-        self.requests: list[Request] = []
+        self._requests: dict[int, Request] = {}
+        self._numbers = itertools.count()
         self._faults: list[tuple[Fault, list[int]]] = []
         self._lock = threading.Lock()
         proxy = self
@@ -105,7 +107,22 @@ class Proxy:
         """Inject no more faults, and forget the requests."""
         with self._lock:
             self._faults.clear()
-            self.requests.clear()
+            self._requests.clear()
+
+    @property
+    def requests(self) -> list[Request]:
+        with self._lock:
+            return [self._requests[number] for number in sorted(self._requests)]
+
+    def note(self, request: Request, number: int | None = None) -> int:
+        """Keep a request or, by its number, what more is known of it now; not when it was forgotten meanwhile."""
+        with self._lock:
+            if number is None:
+                number = next(self._numbers)
+            elif number not in self._requests:
+                return number
+            self._requests[number] = request
+            return number
 
     def count(self, method: str = "", path: str = "") -> int:
         """How many requests matched."""
@@ -151,13 +168,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _exchange(self) -> None:
         self.sent = self.received = self.seen = 0
+        # Before the client can know of the answer: who counts requests when it has one counts this one.
+        self.number = self.owner.note(self._known())
         fault = self.owner.fault_of(self.command, self.path)
         try:
             self._forward(fault)
         except (_BrokenError, OSError, http.client.HTTPException):
             self._reset()
         finally:
-            self.owner.requests.append(Request(self.command, self.path, self.seen, self.sent, self.received))
+            self.owner.note(self._known(), self.number)
+
+    def _known(self) -> Request:
+        return Request(self.command, self.path, self.seen, self.sent, self.received)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = do_OPTIONS = _exchange  # noqa: N815
 
@@ -214,6 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _head(self, status: int, headers: list[tuple[str, str]]) -> None:
         self.seen = status
+        self.owner.note(self._known(), self.number)
         self.send_response_only(status)
         for name, value in headers:
             self.send_header(name, value)
