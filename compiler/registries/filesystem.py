@@ -225,7 +225,8 @@ def _put(source: Path, file: File, whole: Path, part: Path) -> None:
     """
     target = whole / file.path
     with contextlib.suppress(FileNotFoundError):
-        if os.stat(target).st_size == file.size and file_sha256(target) == file.sha256:
+        there = os.lstat(target)
+        if stat.S_ISREG(there.st_mode) and there.st_size == file.size and file_sha256(target) == file.sha256:
             return
     aside = part / hashlib.sha256(file.path.encode()).hexdigest()
     copied = copy(source / file.path, aside)

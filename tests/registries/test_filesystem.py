@@ -260,6 +260,15 @@ class TestKilled:
         assert push(release, url).made
         assert whole(root) == ["1.0.0"]
 
+    def test_a_link_that_was_put_there_is_not_published(self, release: Path, root: Path, url: str) -> None:
+        key = self.interrupted(release, root, url)
+        for path in ("config.json", "onnx"):
+            staged = root / INCOMING / key / "whole" / path
+            staged.rename(root.parent / path)
+            staged.symlink_to(root.parent / path)
+        assert push(release, url).made
+        assert whole(root) == ["1.0.0"]
+
     def test_what_does_not_belong_there_is_left_out(self, release: Path, root: Path, url: str) -> None:
         key = self.interrupted(release, root, url)
         (root / INCOMING / key / "whole/more").touch()
