@@ -1,0 +1,264 @@
+"""`publish:` in pipeline.yaml, and push, pull, list and alias, as users run them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from compiler.config import parse
+from compiler.errors import ConfigError
+from compiler.registries import parse as parse_url
+from compiler.stages.publish import push, versions
+from compiler.verify import read_release
+from tests.conftest import Command, error_line, write_pipeline
+from tests.registries.conftest import FILES, make_release
+from tests.test_plan import changed, planned
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"file://{tmp_path}/registry"
+
+
+def rows(stdout: str) -> dict[str, tuple[str, str]]:
+    return {row["step"]: (row["state"], row["why"]) for row in json.loads(stdout)}
+
+
+class TestBuild:
+    def test_it_is_the_last_stage(self, command: Command, tmp_path: Path, bert: Path, url: str) -> None:
+        pipeline = write_pipeline(tmp_path, bert, publish=[{"url": url, "aliases": ["latest", "prod"]}])
+        step = f"publish {url}"
+        before = rows(command("plan", pipeline, "--json").stdout)
+        assert list(before)[-1] == step
+        assert before[step][0] == "run"
+        assert versions(url) == ()
+        first = command(pipeline, "--json")
+        assert first.returncode == 0, first.stderr
+        (version,) = versions(url)
+        assert json.loads(first.stdout)[0]["published"] == [
+            {
+                "url": url,
+                "release": "1.0.0",
+                "digest": version.digest,
+                "made": True,
+                "aliases": ["latest", "prod"],
+                "moved": ["latest", "prod"],
+            }
+        ]
+        steps = [line.split("  ")[1].strip() for line in first.stderr.splitlines()]
+        assert steps[-2:] == ["package", step] or steps[-1].startswith(step), first.stderr
+        assert re.search(rf"{step} +published .* latest, prod", first.stderr)
+        assert command("verify", tmp_path / "registry/1.0.0").returncode == 0
+        # The same again sends nothing, and says so.
+        again = command(pipeline)
+        assert again.returncode == 0
+        assert re.search(r"release +unchanged", again.stderr)
+        assert re.search(rf"{step} +unchanged", again.stderr)
+
+    def test_another_build_of_the_same_version(self, command: Command, tmp_path: Path, bert: Path, url: str) -> None:
+        """With --no-cache too, the release that is there is what is published; other content under its version is refused."""
+        pipeline = write_pipeline(tmp_path, bert, publish=[url])
+        assert command(pipeline, "--no-publish").returncode == 0
+        assert versions(url) == ()
+        result = command(pipeline, "--no-cache")
+        assert result.returncode == 0, result.stderr
+        assert len(versions(url)) == 1
+        make_release(tmp_path / "taken/1.0.0")
+        write_pipeline(tmp_path, bert, publish=[f"file://{tmp_path}/taken"])
+        assert "1.0.0 is published already, with other content" in error_line(command(pipeline))
+        assert (tmp_path / "artifacts/tiny/1.0.0").is_dir()
+
+    def test_when_one_model_fails_nothing_goes_out(self, command: Command, tmp_path: Path, bert: Path) -> None:
+        pipeline = write_pipeline(tmp_path, bert, publish=[f"file://{tmp_path}/one"])
+        document = yaml.safe_load(pipeline.read_text())
+        failing = {**document["models"][0], "name": "other", "publish": [f"file://{tmp_path}/two"]}
+        failing |= {"targets": {"torchscript": ["bf16"]}, "budget": {"bf16": {"cosine": 1.0}}}
+        document["models"].append(failing)
+        pipeline.write_text(yaml.safe_dump(document))
+        assert "its limit is 1" in error_line(command(pipeline))
+        assert (tmp_path / "artifacts/tiny/1.0.0").is_dir()
+        assert not (tmp_path / "one").exists()
+        assert not (tmp_path / "two").exists()
+        blocked = json.loads(command("plan", pipeline, "--json").stdout)
+        assert [row["state"] for row in blocked if row["step"].startswith("publish")] == ["run", "blocked"]
+        # The model that passes, alone.
+        assert command(pipeline, "--only", "tiny").returncode == 0
+        assert len(versions(f"file://{tmp_path}/one")) == 1
+
+    def test_a_registry_that_fails(self, command: Command, tmp_path: Path, bert: Path, url: str) -> None:
+        """Exit 1; the release stays on disk, what was published before stays published, and the next build goes on."""
+        (tmp_path / "file").touch()
+        pipeline = write_pipeline(tmp_path, bert, publish=[url, f"file://{tmp_path}/file"])
+        result = command(pipeline)
+        assert f"file://{tmp_path}/file" in error_line(result)
+        assert re.search(rf"publish file://{tmp_path}/file +FAILED", result.stderr)
+        assert "passed" in result.stdout
+        assert len(versions(url)) == 1
+        (tmp_path / "file").unlink()
+        assert command(pipeline).returncode == 0
+        assert len(versions(f"file://{tmp_path}/file")) == 1
+
+    def test_what_is_missing_is_told_before_the_build(self, command: Command, tmp_path: Path, bert: Path) -> None:
+        pipeline = write_pipeline(tmp_path, bert, publish=["s3:///nothing"])
+        result = command(pipeline)
+        assert "names no bucket" in error_line(result)
+        assert not (tmp_path / "artifacts").exists()
+        assert command(pipeline, "--no-publish").returncode == 0
+
+    def test_it_is_in_no_cache_key(self, bert: Path) -> None:
+        assert (
+            changed(planned(bert), planned(bert, publish=["file:///x", {"url": "s3://bucket/x", "aliases": ["a"]}])) == set()
+        )
+
+
+TEXT = """\
+schema: 1
+models:
+  - name: tiny
+    release: 1.0.0
+    source: path:checkpoint
+    targets: {onnx: [fp32]}
+    publish:
+      - file:///srv/models/tiny
+      - url: s3://bucket/tiny
+        aliases: [latest, prod]
+"""
+
+
+class TestConfig:
+    def test_both_forms(self) -> None:
+        one, two = parse(TEXT, "p.yaml").models[0].publish
+        assert (one.url, one.aliases) == ("file:///srv/models/tiny", ())
+        assert (two.url, two.aliases) == ("s3://bucket/tiny", ("latest", "prod"))
+
+    @pytest.mark.parametrize(
+        ("old", "new", "line", "says"),
+        [
+            ("file:///srv", "srv", 8, "no registry's URL"),
+            ("file:///srv", "foo:///srv", 8, "nothing serves foo://"),
+            ("s3://bucket/tiny", "s3://key:secret@bucket/tiny", 9, "holds a password"),
+            ("s3://bucket/tiny", "s3://key:sec/ret@bucket/tiny", 9, "is no port"),
+            ("s3://bucket/tiny", "s3://bucket/tiny@1.0.0", 9, "leave out what follows the '@'"),
+            ("[latest, prod]", "[latest, 1.0.0]", 9, "alias '1.0.0'"),
+            ("[latest, prod]", "latest", 10, "expected a list"),
+            ("aliases:", "alias:", 10, "did you mean 'aliases'?"),
+            ("- url: s3://bucket/tiny\n        aliases", "- aliases", 9, "this key is missing"),
+            ("file:///srv/models/tiny", "7", 8, "expected"),
+        ],
+    )
+    def test_what_is_wrong_has_its_line(self, old: str, new: str, line: int, says: str) -> None:
+        text = TEXT.replace(old, new)
+        assert text != TEXT
+        with pytest.raises(ConfigError) as caught:
+            parse(text, "p.yaml")
+        message = str(caught.value)
+        assert message.startswith(f"p.yaml:{line}: models.0.publish."), message
+        assert says in message
+        assert not re.search("sec/?ret", message)
+
+    def test_one_place_for_two_models(self) -> None:
+        model: dict[str, Any] = yaml.safe_load(TEXT)["models"][0]
+        document = {"schema": 1, "models": [model, {**model, "name": "other"}]}
+        with pytest.raises(ConfigError) as caught:
+            parse(yaml.safe_dump(document), "p.yaml")
+        assert "tiny and other publish to file:///srv/models/tiny; give each a place of its own" in str(caught.value)
+        parse(yaml.safe_dump({**document, "models": [model, {**model, "release": "1.1.0"}]}), "p.yaml")
+
+
+class TestCommands:
+    def test_a_session(self, command: Command, tmp_path: Path, url: str) -> None:
+        manifest = make_release(tmp_path / "one")
+        make_release(tmp_path / "two", release="1.1.0")
+        first = command("push", "one", url, "--alias", "latest")
+        assert first.returncode == 0, first.stderr
+        assert first.stdout == f"tiny 1.0.0  {url}@1.0.0  published; latest moved to it\nsha256:{manifest.identity}\n"
+        assert re.search(r"publish .* published", first.stderr)
+        again = command("push", "one", url)
+        assert again.returncode == 0
+        assert "is there already, the same; nothing was sent" in again.stdout
+        second = json.loads(command("push", "two", url, "--json").stdout)
+        assert (second["release"], second["made"], second["moved"]) == ("1.1.0", True, [])
+        listed = command("list", url)
+        assert listed.stdout.splitlines()[0] == f"1.0.0  sha256:{manifest.identity}  latest"
+        assert [entry["aliases"] for entry in json.loads(command("list", url, "--json").stdout)] == [["latest"], []]
+        assert command("alias", f"{url}@1.1.0", "latest").stdout == "latest → 1.1.0\n"
+        assert json.loads(command("alias", f"{url}@1.1.0", "latest", "--json").stdout)["moved"] is False
+        pulled = command("pull", url, "out")
+        assert pulled.returncode == 0, pulled.stderr
+        assert "5 files are what the manifest says" in pulled.stdout
+        assert read_release(tmp_path / "out")[0].release == "1.1.0"
+        there = json.loads(command("pull", f"{url}@latest", "out", "--json").stdout)
+        assert (there["release"], there["made"], there["files"]) == ("1.1.0", False, 5)
+        assert command("verify", "out").returncode == 0
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["push", "missing", "{url}"], "no such release"),
+            (["push", "one", "{url}@latest"], "leave out what follows the '@'"),
+            (["push", "one", "{url}", "--alias", "2.0.0"], "alias '2.0.0'"),
+            (["push", "one", "nowhere"], "no registry's URL"),
+            (["push", "one", "s3://key:secret@bucket/x"], "holds a password"),
+            (["push", "one", "s3://key:sec/ret@bucket/x"], "is no port"),
+            (["pull", "{url}@3.0.0", "out"], "has no 3.0.0; it has 1.0.0"),
+            (["pull", "{url}@-", "out"], "is no version (1.0.0), alias (prod) or digest"),
+            (["list", "{url}@1.0.0"], "leave out what follows the '@'"),
+            (["alias", "{url}", "prod"], "names no version; say which"),
+            (["alias", "{url}@3.0.0", "prod"], "has no 3.0.0"),
+            (["alias", "{url}@1.0.0", "1.0.0"], "alias '1.0.0'"),
+        ],
+    )
+    def test_what_is_wrong_is_one_line(
+        self, command: Command, tmp_path: Path, url: str, arguments: list[str], says: str
+    ) -> None:
+        make_release(tmp_path / "one")
+        push(tmp_path / "one", url)
+        result = command(*(argument.replace("{url}", url) for argument in arguments))
+        assert says in error_line(result)
+        assert not re.search("sec/?ret", result.stdout + result.stderr)
+        assert len(versions(url)) == 1
+        assert not (tmp_path / "out").exists()
+
+    def test_other_content_as_json(self, command: Command, tmp_path: Path, url: str) -> None:
+        make_release(tmp_path / "one")
+        make_release(tmp_path / "two", {**FILES, "config.json": b"{}"})
+        push(tmp_path / "one", url)
+        result = command("push", "two", url, "--json")
+        assert json.loads(result.stdout)["kind"] == "RegistryError"
+        assert "FAILED" in result.stderr
+
+    def test_an_empty_place(self, command: Command, url: str) -> None:
+        result = command("list", url)
+        assert (result.returncode, result.stdout) == (0, "")
+        assert "nothing is published there" in result.stderr
+
+    def test_no_heavy_import(self, command: Command, tmp_path: Path, url: str) -> None:
+        """Pushing to a folder loads neither torch nor fsspec."""
+        make_release(tmp_path / "one")
+        script = (
+            "import sys; from compiler.cli import cli; "
+            f"cli.main(['push', {str(tmp_path / 'one')!r}, {url!r}], standalone_mode=False); "
+            "assert not {'torch', 'transformers', 'onnxruntime', 'openvino', 'fsspec', 'botocore'} & set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "place", "reference"),
+    [
+        ("file:///a/b", "file:///a/b", "latest"),
+        ("file:///a/b@1.0.0-rc.1", "file:///a/b", "1.0.0-rc.1"),
+        ("file:///a@b/c@prod", "file:///a@b/c", "prod"),
+        ("oci://host:5000/a/b@prod", "oci://host:5000/a/b", "prod"),
+        (f"s3://bucket@sha256:{'0' * 64}", "s3://bucket", f"sha256:{'0' * 64}"),
+    ],
+)
+def test_references(url: str, place: str, reference: str) -> None:
+    assert parse_url(url) == (place, reference)
