@@ -22,6 +22,9 @@ from tests.test_store import small_disk
 
 VALIDATED = {
     "schema": 1,
+    "data": {"name": "lines.jsonl", "sha256": "d" * 64, "lines": 3},
+    "cpu": "avx2",
+    "threads": 1,
     "artifacts": [
         {
             "format": "onnx",
