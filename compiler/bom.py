@@ -45,7 +45,9 @@ def bom(manifest: Manifest, validation: Mapping[str, Any]) -> bytes:
         bom_ref="model",
         licenses=licences,
         pedigree=Pedigree(ancestors=[Component(name=source.uri, version=source.revision, type=kind, licenses=licences)]),
-        properties=_properties({"key": manifest.key, "positions": manifest.positions, "left_out": ", ".join(manifest.left_out)}),
+        properties=_properties(
+            {"key": manifest.key, "positions": manifest.positions, "left_out": ", ".join(manifest.left_out)}
+        ),
     )
     checkpoint = Component(
         name=source.uri,
@@ -136,9 +138,7 @@ def _package(name: str, version: str) -> Component:
     from packageurl import PackageURL
 
     place = purl(name, version)
-    return Component(
-        name=name, version=version, type=ComponentType.LIBRARY, bom_ref=place, purl=PackageURL.from_string(place)
-    )
+    return Component(name=name, version=version, type=ComponentType.LIBRARY, bom_ref=place, purl=PackageURL.from_string(place))
 
 
 def _hashes(sha256: str) -> Iterable[Any]:

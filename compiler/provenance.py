@@ -42,7 +42,7 @@ def provenance(manifest: Manifest, validation: Mapping[str, Any], entry: Mapping
         entry: the external parameters: what the user asked for.
     """
     from google.protobuf.json_format import MessageToDict, ParseDict
-    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance  # type: ignore[attr-defined]
+    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
     from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor
     from in_toto_attestation.v1.statement import Statement
 

@@ -13,7 +13,7 @@ from compiler.hashing import hash_file
 from compiler.manifest import MANIFEST, OUTSIDE, Manifest, from_bytes
 from compiler.registries import Parcel, Registry, TakenError, Version
 from compiler.store import scratch, writing
-from compiler.verify import read_release, verify_files
+from compiler.verify import read_release, verify_files, verify_sums
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def pull(url: str, folder: Path) -> tuple[Manifest, bool]:
     with writing(folder.parent, f"pulling {place}"), scratch(folder.absolute().parent) as aside:
         registry.pull(version, aside)
         manifest, _ = read_release(aside)
+        verify_sums(aside, manifest)  # every other file was hashed while it came
         if folder.is_dir():
             folder.rmdir()
         os.rename(aside, folder)
