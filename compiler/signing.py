@@ -75,7 +75,9 @@ def verify_signature(path: Path, manifest: Manifest, key: Path) -> None:
     if bundle["verificationMaterial"]["publicKey"]["hint"] != fingerprint(key):
         raise ReleaseError(f"{path}: was signed with another key than {key}; give its own, or do not use this release")
     signed, present = _signed(bundle), _hashes(path, manifest)
-    if other := sorted(name for name in {*signed, *present} if signed.get(name) != present.get(name)):
+    other = [name for name in {*signed, *present} if signed.get(name) != present.get(name)]
+    if other:
+        other.sort(key=lambda name: (name in (MANIFEST, SUMS), name))  # which follow from the rest
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
         raise ReleaseError(f"{path}: {SIGNATURE} is of other files ({', '.join(other[:3])}{more}); do not use this release")
     try:
@@ -120,6 +122,7 @@ def _signer(library: Any, key: Path, password: Callable[[], str]) -> Any:
     from cryptography.exceptions import UnsupportedAlgorithm
 
     config = library.signing.Config()
+    secret = None
     try:
         try:
             return config.use_elliptic_key_signer(private_key=key)
@@ -130,7 +133,7 @@ def _signer(library: Any, key: Path, password: Callable[[], str]) -> Any:
     except OSError as error:
         raise SigningError(f"{key}: cannot be read ({error.strerror})") from error
     except (ValueError, AttributeError, TypeError, UnsupportedAlgorithm) as error:
-        if "password" in str(error):
+        if secret is not None and type(error) is ValueError and "curve" not in str(error):
             raise SigningError(f"{key}: the password does not open it; give the right one") from error
         make = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
         raise SigningError(f"{key}: is no EC private key of P-256, P-384 or P-521 (PEM); make one: {make}") from error
