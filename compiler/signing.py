@@ -133,7 +133,7 @@ def _signer(library: Any, key: Path, password: Callable[[], str]) -> Any:
     except OSError as error:
         raise SigningError(f"{key}: cannot be read ({error.strerror})") from error
     except (ValueError, AttributeError, TypeError, UnsupportedAlgorithm) as error:
-        if secret is not None and type(error) is ValueError and "curve" not in str(error):
+        if secret is not None and isinstance(error, (ValueError, TypeError)) and "curve" not in str(error):
             raise SigningError(f"{key}: the password does not open it; give the right one") from error
         make = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
         raise SigningError(f"{key}: is no EC private key of P-256, P-384 or P-521 (PEM); make one: {make}") from error

@@ -262,7 +262,7 @@ class TestTouched:
         other.package()
         sign(other.target, keys / "ours.pem", no_password)
         shutil.copy(other.target / SIGNATURE, release / SIGNATURE)
-        refused(release, keys / "ours.pub", f"{SIGNATURE} is of other files", MANIFEST)
+        refused(release, keys / "ours.pub", f"{SIGNATURE} is of other files", "onnx/model.onnx")
 
     def test_a_statement_of_these_files_that_another_key_signed(self, release: Path, keys: Path, original: Path) -> None:
         """With the fingerprint of ours in it."""

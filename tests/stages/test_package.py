@@ -395,7 +395,8 @@ class TestRecord:
 
     @pytest.mark.parametrize("renames", [0, 1])
     def test_one_that_is_cut_off(self, release: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
-        rename, done = os.replace, []
+        rename = os.replace
+        done: list[Path] = []
 
         def stop(source: Path, target: Path) -> None:
             if len(done) == renames:
