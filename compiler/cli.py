@@ -233,6 +233,7 @@ def sign(release: Path, key: Path, as_json: bool) -> None:
 
     The password of an encrypted key is asked for, or comes from COMPILE_SIGN_PASSWORD.
     """
+    from compiler.manifest import SIGNATURE
     from compiler.signing import sign as run
 
     def password() -> str:
@@ -243,9 +244,9 @@ def sign(release: Path, key: Path, as_json: bool) -> None:
 
     manifest = run(release, key, password)
     if as_json:
-        _print_json({"release": str(release), "signature": str(release / "model.sig")})
+        _print_json({"release": str(release), "signature": str(release / SIGNATURE)})
         return
-    click.echo(f"{manifest.name} {manifest.release}: signed; {release / 'model.sig'}")
+    click.echo(f"{manifest.name} {manifest.release}: signed; {release / SIGNATURE}")
 
 
 def _shape(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, int], ...]:

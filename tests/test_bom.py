@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 import time
@@ -69,8 +70,6 @@ def test_it_is_valid_of_every_source(manifest: Manifest, source: Source) -> None
 def test_the_same_again(manifest: Manifest) -> None:
     """In another process, later and under another hash seed."""
     script = "import pickle, sys; from compiler.bom import bom; sys.stdout.buffer.write(bom(*pickle.load(sys.stdin.buffer)))"
-    import pickle
-
     first = bom(manifest, VALIDATED)
     time.sleep(0.01)
     assert bom(manifest, VALIDATED) == first

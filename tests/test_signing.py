@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import importlib
 import json
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -19,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from hypothesis import given, settings, strategies
 
 from compiler.errors import ReleaseError, SigningError
 from compiler.hashing import hash_file, hash_folder, list_files
@@ -74,6 +78,12 @@ def release(tmp_path: Path, original: Path) -> Path:
     return tmp_path / "release"
 
 
+@pytest.fixture(scope="module")
+def touchable(tmp_path_factory: pytest.TempPathFactory, original: Path) -> Path:
+    """A release for a test that puts back what it changed."""
+    return shutil.copytree(original, tmp_path_factory.mktemp("touchable") / "release")
+
+
 def verify(path: Path, key: Path) -> None:
     manifest, _ = read_release(path)
     verify_files(path, manifest)
@@ -119,12 +129,19 @@ class TestSigned:
         assert accepted.returncode == 0, accepted.stderr
         assert "Verification succeeded" in accepted.stdout
         assert openssf(release, keys / "theirs.pub").returncode == 1
-        (release / "config.json").write_bytes(b"{}")
-        assert openssf(release, keys / "ours.pub").returncode == 1
+        (release / ".gitignore").write_bytes(b"")
+        refusal = openssf(release, keys / "ours.pub")
+        assert refusal.returncode == 1
+        assert "Extra files found" in refusal.stderr
+
+    def test_what_the_librarys_own_command_signed_is_accepted(self, release: Path, keys: Path) -> None:
+        """As with a key in a hardware module, which that command knows."""
+        options = ["--private_key", keys / "theirs.pem", "--signature", release / SIGNATURE]
+        command = [sys.executable, "-m", "model_signing", "sign", "key", *options, release]
+        subprocess.run(list(map(str, command)), capture_output=True, check=True)
+        verify(release, keys / "theirs.pub")
 
     def test_it_covers_every_file_but_itself(self, release: Path) -> None:
-        import base64
-
         bundle = json.loads((release / SIGNATURE).read_bytes())
         statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
         covered = {resource["name"]: resource["digest"] for resource in statement["predicate"]["resources"]}
@@ -192,10 +209,23 @@ class TestTouched:
             (release / name).write_bytes(content)
         verify(release, key)
 
-    def test_every_byte_of_the_signature(self, release: Path, keys: Path) -> None:
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(data=strategies.data())
+    def test_any_byte_of_any_file(self, touchable: Path, keys: Path, data: strategies.DataObject) -> None:
+        name = data.draw(strategies.sampled_from([name for name in list_files(touchable) if name != "empty.txt"]))
+        content = (touchable / name).read_bytes()
+        changed = bytearray(content)
+        changed[data.draw(strategies.integers(0, len(content) - 1))] ^= data.draw(strategies.integers(1, 255))
+        (touchable / name).write_bytes(changed)
+        try:
+            refused(touchable, keys / "ours.pub", name)
+        finally:
+            (touchable / name).write_bytes(content)
+
+    def test_bytes_all_over_the_signature(self, release: Path, keys: Path) -> None:
         manifest, _ = read_release(release)
         content = (release / SIGNATURE).read_bytes()
-        for position in range(len(content)):
+        for position in (*range(300), *range(300, len(content) - 200, 5), *range(len(content) - 200, len(content))):
             changed = bytearray(content)
             changed[position] ^= 1 << position % 8
             (release / SIGNATURE).write_bytes(changed)
@@ -271,6 +301,16 @@ class TestTouched:
         theirs["verificationMaterial"] = ours["verificationMaterial"]
         (release / SIGNATURE).write_text(json.dumps(theirs, separators=(",", ":")))
         refused(release, keys / "ours.pub", "was not made with")
+
+    @pytest.mark.parametrize("name", [MANIFEST, SUMS, "config.json"])
+    def test_a_signature_that_leaves_a_file_out(self, release: Path, keys: Path, name: str) -> None:
+        """The library believes what the signed statement says is to be ignored."""
+        library: Any = importlib.import_module("model_signing")
+        hashing = library.hashing.Config().set_ignored_paths(paths=[SIGNATURE, name])
+        config = library.signing.Config().use_elliptic_key_signer(private_key=keys / "ours.pem")
+        config.set_hashing_config(hashing).sign(release, release / SIGNATURE)
+        assert openssf(release, keys / "ours.pub").returncode == 0
+        refused(release, keys / "ours.pub", f"{SIGNATURE} is of other files ({name})")
 
     def test_without_a_signature(self, release: Path, keys: Path) -> None:
         (release / SIGNATURE).unlink()
