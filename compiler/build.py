@@ -25,7 +25,7 @@ from compiler.errors import CompileError, NumericsError, ReleaseError, StageErro
 from compiler.hashing import canonical
 from compiler.manifest import MANIFEST, Made, Manifest, Source, differences, from_bytes
 from compiler.numerics import judge
-from compiler.plan import LOAD_LIBRARIES, Plan, make_plan, version, why
+from compiler.plan import LOAD_LIBRARIES, PACKAGE_LIBRARIES, Plan, make_plan, version, why
 from compiler.sources import resolve
 from compiler.stages.export import export
 from compiler.stages.load import REFERENCE, SAMPLES, reference
@@ -236,7 +236,7 @@ class Build:
             left_out=tuple(loaded.info["left_out"]),
             artifacts=tuple(candidate.artifact for candidate in made),
             files=(),
-            libraries={name: version(name) for name in sorted({*libraries, *LOAD_LIBRARIES})},
+            libraries={name: version(name) for name in sorted({*libraries, *LOAD_LIBRARIES, *PACKAGE_LIBRARIES})},
             python=platform.python_version(),
             compiler=compiler.__version__,
             steps={step.id: Made(step.key, step.inputs) for step in plan.steps},

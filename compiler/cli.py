@@ -20,7 +20,7 @@ import click
 from click_default_group import DefaultGroup  # type: ignore[import-untyped]
 
 import compiler
-from compiler.errors import CompileError, NumericsError
+from compiler.errors import CompileError, NumericsError, SigningError
 
 if TYPE_CHECKING:
     from compiler.bench import Result
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from compiler.types import Report
 
 CACHE_VARIABLE = "COMPILE_CACHE_DIR"
+PASSWORD_VARIABLE = "COMPILE_SIGN_PASSWORD"  # noqa: S105
 json_option = click.option("--json", "as_json", is_flag=True, help="The result on stdout as JSON; progress stays on stderr.")
 cache_option = click.option(
     "--cache-dir", envvar=CACHE_VARIABLE, type=click.Path(path_type=Path), help=f"The stage cache (also {CACHE_VARIABLE})."
@@ -145,11 +146,13 @@ def plan(pipeline: Path, output: Path | None, only: tuple[str, ...], cache_dir: 
 @json_option
 def inspect(release: Path, as_json: bool) -> None:
     """Show what RELEASE holds: files, checks with their limits, fusions, runtime settings, origin."""
-    from compiler.verify import read_release
+    from compiler.verify import is_signed, read_release
 
     manifest, reports = read_release(release)
+    signed = is_signed(release)
     if as_json:
-        _print_json({"manifest": asdict(manifest), "checks": [_report_json(report) for report in reports]})
+        checks = [_report_json(report) for report in reports]
+        _print_json({"manifest": asdict(manifest), "checks": checks, "signed": signed})
         return
     source = manifest.source
     click.echo(f"{manifest.name} {manifest.release}: {manifest.architecture} for {manifest.task}")
@@ -163,6 +166,7 @@ def inspect(release: Path, as_json: bool) -> None:
     if manifest.left_out:
         click.echo(f"left out  {', '.join(manifest.left_out)}")
     click.echo(f"made with python {manifest.python}, compile {manifest.compiler}, " + _pairs(manifest.libraries, " "))
+    click.echo(f"signed    {'yes; compile verify --key checks it' if signed else 'no'}")
     click.echo()
     _table(manifest, reports, release)
     for artifact in manifest.artifacts:
@@ -181,6 +185,7 @@ def inspect(release: Path, as_json: bool) -> None:
 
 @cli.command(short_help="Hash a release again; repeat its checks.")
 @click.argument("release", type=click.Path(path_type=Path))
+@click.option("--key", type=click.Path(path_type=Path), help="Also check the signature, with this public key (PEM).")
 @click.option("--numerics", is_flag=True, help="Also reopen every artifact and repeat its checks.")
 @click.option("--source", help="Where the checkpoint is now, if not where the manifest says: path:, package: or hf:.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own code, if the reference needs it.")
@@ -189,6 +194,7 @@ def inspect(release: Path, as_json: bool) -> None:
 @json_option
 def verify(
     release: Path,
+    key: Path | None,
     numerics: bool,
     source: str | None,
     trust_remote_code: bool,
@@ -196,12 +202,17 @@ def verify(
     cache_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Hash every file of RELEASE again; with --numerics, repeat its checks against the original."""
+    """Hash every file of RELEASE again; with --key, check its signature; with --numerics, repeat its checks."""
     from compiler.progress import Display
-    from compiler.verify import read_release, verify_files, verify_numerics
+    from compiler.verify import is_signed, read_release, verify_files, verify_numerics
 
     manifest, reports = read_release(release)
     verify_files(release, manifest)
+    if key is not None:
+        from compiler.signing import verify_signature
+
+        verify_signature(release, manifest, key)
+    signed = is_signed(release)
     if numerics:
         options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
         with Display() as display:
@@ -209,11 +220,41 @@ def verify(
     count = len(manifest.every_file)
     if as_json:
         checks = [_report_json(report) for report in reports] if numerics else []
-        _print_json({"release": str(release), "files": count, "numerics": numerics, "checks": checks})
+        signature = {"signed": signed, "signature_checked": key is not None}
+        _print_json({"release": str(release), "files": count, **signature, "numerics": numerics, "checks": checks})
         return
     click.echo(f"{manifest.name} {manifest.release}: {count} files are what the manifest says")
+    if key is not None:
+        click.echo(f"{manifest.name} {manifest.release}: the signature is by {key} and covers every file")
+    elif signed:
+        click.echo(f"{manifest.name} {manifest.release}: is signed; the signature was not checked: give --key")
     if numerics:
         _table(manifest, reports, release)
+
+
+@cli.command(short_help="Sign a release with a local key.")
+@click.argument("release", type=click.Path(path_type=Path))
+@click.option("--key", required=True, type=click.Path(path_type=Path), help="The EC private key (PEM).")
+@json_option
+def sign(release: Path, key: Path, as_json: bool) -> None:
+    """Verify RELEASE and sign every file of it: model.sig, which `compile verify --key` checks.
+
+    The password of an encrypted key is asked for, or comes from COMPILE_SIGN_PASSWORD.
+    """
+    from compiler.manifest import SIGNATURE
+    from compiler.signing import sign as run
+
+    def password() -> str:
+        given = os.environ.get(PASSWORD_VARIABLE)
+        if given is None and not sys.stdin.isatty():
+            raise SigningError(f"{key}: is encrypted; put its password into {PASSWORD_VARIABLE}, or sign at a terminal")
+        return str(click.prompt(f"password of {key}", hide_input=True, err=True)) if given is None else given
+
+    manifest = run(release, key, password)
+    if as_json:
+        _print_json({"release": str(release), "signature": str(release / SIGNATURE)})
+        return
+    click.echo(f"{manifest.name} {manifest.release}: signed; {release / SIGNATURE}")
 
 
 def _shape(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
@@ -250,13 +291,15 @@ def bench(
     """Time every artifact of each RELEASE beside the eager original, on this machine."""
     from compiler.bench import bench as run
     from compiler.progress import status
-    from compiler.verify import read_release, record_benchmark, verify_files
+    from compiler.verify import check_unsigned, read_release, record_benchmark, verify_files
 
     options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     results = []
     for release in releases:
         manifest, _ = read_release(release)
-        verify_files(release, manifest)
+        if record:
+            check_unsigned(release)
+        verify_files(release, manifest, recording=record)
         with status() as tell:
             result = run(
                 release,

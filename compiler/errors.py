@@ -42,5 +42,9 @@ class ReleaseError(CompileError):
     """A release on disk is damaged, or one that exists would be changed."""
 
 
+class SigningError(CompileError):
+    """A key cannot sign or verify releases, or what signs is not installed."""
+
+
 class RegistryError(CompileError):
     """A registry refused, cannot be reached, or holds what must not be used."""

@@ -6,6 +6,7 @@ and no absolute path: the same inputs give the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -125,15 +126,27 @@ def from_bytes(content: bytes, where: str) -> Manifest:
     manifest = replace(manifest, benchmark=benchmark)
     paths = [file.path for file in manifest.every_file]
     for path in paths:
-        pure = PurePosixPath(path)
-        if not pure.parts or pure.is_absolute() or ".." in pure.parts or str(pure) != path or re.search(r"[\\\x00:]", path):
-            raise ReleaseError(f"{where}: names {path!r}, which is no path inside a release; do not use it")
-    for path in (MANIFEST, *OUTSIDE):
-        if path in paths:
-            raise ReleaseError(f"{where}: names {path} as a file of itself; do not use this release")
+        if not portable(path):
+            raise ReleaseError(f"{where}: names {path!r}, which is no name of a file in a release; do not use it")
     if len(set(paths)) != len(paths):
         raise ReleaseError(f"{where}: names a file twice; do not use this release")
     return manifest
+
+
+def portable(path: str) -> bool:
+    """Whether a manifest may list a path: relative, inside the release, in its only form, without what another system or the
+    lines of SHA256SUMS would take for something else, and none of the files that cover the manifest."""
+    pure = PurePosixPath(path)
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or str(pure) != path:
+        return False
+    return not re.search(r"[\\:\x00-\x1f\x7f]", path) and pure.parts[0] not in (MANIFEST, *OUTSIDE)
+
+
+def sums(manifest: Manifest, content: bytes) -> bytes:
+    """The content of SHA256SUMS, as `sha256sum -c` reads it: every file of the release, manifest.json included, but for the
+    signature and itself. `content` is that of manifest.json."""
+    hashes = {file.path: file.sha256 for file in manifest.every_file} | {MANIFEST: hashlib.sha256(content).hexdigest()}
+    return "".join(f"{sha256}  {path}\n" for path, sha256 in sorted(hashes.items())).encode()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -39,8 +39,10 @@ LOAD_LIBRARIES = (
     "torch",
     "transformers",
 )
+# What writes the bill of materials and the provenance.
+PACKAGE_LIBRARIES = ("cyclonedx-python-lib", "in-toto-attestation", "packageurl-python", "protobuf", "py-serializable")
 # Modules of ours that talk to the user or to registries, and shape no byte of a release.
-TALK = ("__main__.py", "bench.py", "cli.py", "init.py", "progress.py", "stages/publish.py")
+TALK = ("__main__.py", "bench.py", "cli.py", "init.py", "progress.py", "signing.py", "stages/publish.py")
 # Files of a checkpoint that travel with a release but that no computation reads.
 DOCUMENTS = (".md", "LICENSE", "NOTICE")
 
@@ -164,7 +166,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             "source": snapshot.uri,
             "targets": ", ".join(map(str, validates)),
         },
-        (),
+        PACKAGE_LIBRARIES,
     )
     return Plan(spec, task, snapshot, texts, load, exports, validates, package)
 

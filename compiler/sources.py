@@ -36,7 +36,8 @@ SUPPORT_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".md"})
 SUPPORT_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)([.-].*)?", re.IGNORECASE)
 # Names that a release gives its own files, and what training leaves behind.
 NOT_SUPPORT = frozenset(
-    {"adapter_config.json", "manifest.json", "validation.json", "trainer_state.json", "optimizer.json", "export.json"}
+    {"adapter_config.json", "bom.cdx.json", "export.json", "manifest.json", "optimizer.json", "provenance.json"}
+    | {"trainer_state.json", "validation.json"}
 )
 
 

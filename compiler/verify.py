@@ -18,7 +18,18 @@ from compiler import workers
 from compiler.config import Limits, ModelSpec, OnnxTargets, Targets
 from compiler.errors import ConfigError, NumericsError, ReleaseError, SourceError
 from compiler.hashing import hash_files, list_files
-from compiler.manifest import MANIFEST, OUTSIDE, SAMPLES, VALIDATION, Manifest, from_bytes, to_bytes
+from compiler.manifest import (
+    MANIFEST,
+    OUTSIDE,
+    SAMPLES,
+    SIGNATURE,
+    SUMS,
+    VALIDATION,
+    Manifest,
+    from_bytes,
+    sums,
+    to_bytes,
+)
 from compiler.numerics import judge
 from compiler.sources import resolve
 from compiler.stages.load import REFERENCE, reference_again
@@ -71,18 +82,46 @@ def read_known(path: Path, manifest: Manifest) -> dict[str, Any]:
     return {**read_validation(path)["known"], "signature": asdict(manifest.signature)}
 
 
+def is_signed(path: Path) -> bool:
+    """Whether a release has a signature; nothing is said of whether it holds."""
+    return os.path.lexists(path / SIGNATURE)
+
+
+def check_unsigned(path: Path) -> None:
+    """Raises ReleaseError when a release is signed, so that its manifest must not be written any more."""
+    if is_signed(path):
+        raise ReleaseError(
+            f"{path}: is signed, and a benchmark in its {MANIFEST} would break the signature; record first, then sign: "
+            f"remove {SIGNATURE} to begin again"
+        )
+
+
 def record_benchmark(path: Path, benchmark: Mapping[str, Any]) -> None:
-    """Put a benchmark's result into a release's manifest, in place of an earlier one, by one rename."""
+    """Put a benchmark's result into a release's manifest, in place of an earlier one, and the manifest into SHA256SUMS. Each
+    is replaced by one rename; when only the first was, `verify_files` says so, and recording again mends it.
+
+    Raises:
+        ReleaseError: the release is signed, or is damaged.
+    """
+    check_unsigned(path)
     manifest, _ = read_release(path)
-    aside = path.parent / f".{path.name}.{MANIFEST}"  # beside the release: in it, it would be a file too many
-    with writing(path, "the manifest"):
-        write_file(aside, to_bytes(replace(manifest, benchmark=benchmark)))
-        os.replace(aside, path / MANIFEST)
+    recorded = replace(manifest, benchmark=benchmark)
+    content = to_bytes(recorded)
+    parent = path.resolve().parent  # beside the release: in it, they would be files too many
+    with writing(path, "the manifest"), scratch(parent) as aside:
+        write_file(aside / MANIFEST, content)
+        write_file(aside / SUMS, sums(recorded, content))
+        for name in (MANIFEST, SUMS):
+            os.replace(aside / name, path / name)
 
 
-def verify_files(path: Path, manifest: Manifest, *, hashing: bool = True) -> None:
-    """Hash every file again, and look for what is not in the manifest. Without `hashing`, only that all are there and no more:
-    for who hashes them anyway.
+def verify_files(path: Path, manifest: Manifest, *, hashing: bool = True, recording: bool = False) -> None:
+    """Hash every file again, and look for what is not in the manifest. A signature is not checked.
+
+    Args:
+        hashing: without it, only that all are there and no more: for who hashes them anyway.
+        recording: SHA256SUMS may be of another manifest.json, as a recording that was cut off leaves it: it is to be
+            written again.
 
     Raises:
         ReleaseError: a file is missing, changed or too many, or is a link.
@@ -103,11 +142,48 @@ def verify_files(path: Path, manifest: Manifest, *, hashing: bool = True) -> Non
                 problems.append(f"{file.path} is changed (sha256 {file.sha256[:12]}…, was {expected[file.path].sha256[:12]}…)")
     except OSError as error:
         raise ReleaseError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    problems += _outside(path, manifest, recording)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ReleaseError(
             f"{path}: {'; '.join(problems[:3])}{more}; do not use this release: remove it and build or fetch it again"
         )
+
+
+def verify_sums(path: Path, manifest: Manifest) -> None:
+    """Hold SHA256SUMS against a manifest; for who has hashed the other files already.
+
+    Raises:
+        ReleaseError: it is missing or says something else, or the signature is no file.
+    """
+    if problems := _outside(path, manifest, recording=False):
+        raise ReleaseError(f"{path}: {'; '.join(problems)}; do not use this release: fetch it again")
+
+
+def _outside(path: Path, manifest: Manifest, recording: bool) -> list[str]:
+    """What is wrong with the files that the manifest cannot list, apart from whether the signature holds."""
+    problems = []
+    for name in OUTSIDE:
+        if not os.path.lexists(path / name):
+            problems += [f"{name} is missing"] * (name == SUMS)
+        elif not stat.S_ISREG(os.lstat(path / name).st_mode):
+            problems.append(f"{name} is a link, not a file")
+    if problems:
+        return problems
+    try:
+        expected = sums(manifest, (path / MANIFEST).read_bytes())
+        with open(path / SUMS, "rb") as stream:
+            found = stream.read(len(expected) + 1)
+    except OSError as error:
+        raise ReleaseError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    if found == expected:
+        return []
+    line = rf"(?m)^[0-9a-f]{{64}}  {re.escape(MANIFEST)}$".encode()
+    if re.sub(line, b"", found) != re.sub(line, b"", expected):
+        return [f"{SUMS} is changed"]
+    if recording:
+        return []
+    return [f"{SUMS} is of another {MANIFEST} (bench --record, when it was cut off, leaves that and mends it: run it again)"]
 
 
 def verify_numerics(

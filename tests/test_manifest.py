@@ -139,7 +139,13 @@ HOSTILE = [
     "",
     ".",
     "nul\x00byte",
+    "new\nline",
+    "delete\x7f",
     "manifest.json",
+    "manifest.json/inner",
+    "SHA256SUMS",
+    "model.sig",
+    "model.sig/inner",
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from compiler import cpu, plan
 from compiler.backends import BACKENDS
 from compiler.config import ModelSpec
-from compiler.plan import LOAD_LIBRARIES, Plan, make_plan
+from compiler.plan import LOAD_LIBRARIES, PACKAGE_LIBRARIES, Plan, make_plan
 from compiler.sources import resolve
 
 TARGETS = {"torchscript": ["fp32", "bf16"], "onnx": ["fp32"], "openvino": ["fp32", "bf16"]}
@@ -34,7 +34,10 @@ def test_the_same_twice(bert: Path) -> None:
     assert changed(planned(bert), planned(bert)) == set()
 
 
-@pytest.mark.parametrize("library", sorted({*LOAD_LIBRARIES, *(name for b in BACKENDS.values() for name in b.LIBRARIES)}))
+LIBRARIES = {*LOAD_LIBRARIES, *PACKAGE_LIBRARIES, *(name for backend in BACKENDS.values() for name in backend.LIBRARIES)}
+
+
+@pytest.mark.parametrize("library", sorted(LIBRARIES))
 def test_a_library_changes_what_it_shapes(bert: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     before = planned(bert)
     version = plan.version

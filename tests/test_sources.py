@@ -147,7 +147,7 @@ STAYS = [
     "onnx/model.onnx", "onnx/config.json", "openvino/openvino_model.xml", "model.onnx", "tf_model.h5", "flax_model.msgpack",
     "rust_model.ot", "optimizer.pt", "training_args.bin", "scheduler.pt", "rng_state.pth", "pytorch_model.bin", "data.pkl",
     ".gitattributes", ".git/config", ".git/HEAD", ".cache/x.json", ".hidden.json", "modeling_own.py", "run.sh",
-    "manifest.json", "validation.json", "export.json", "trainer_state.json",
+    "manifest.json", "validation.json", "export.json", "trainer_state.json", "bom.cdx.json", "provenance.json",
     "other.safetensors", "1_Pooling/config.json", "weights.gguf",
     "adapter_model.safetensors", "pytorch_model.bin.index.json", "LICENSE/x", "deep/er/config.json", "image.png",
 ]  # fmt: skip

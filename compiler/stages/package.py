@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from compiler.bom import BOM, bom
 from compiler.errors import StageError
-from compiler.hashing import canonical, copy, hash_file, sync_folder
-from compiler.manifest import MANIFEST, SAMPLES, VALIDATION, Manifest, to_bytes
+from compiler.hashing import canonical, copy, sync_folder
+from compiler.manifest import MANIFEST, SAMPLES, SUMS, VALIDATION, Manifest, portable, sums, to_bytes
+from compiler.provenance import PROVENANCE, parameters, provenance
 from compiler.store import Entry, write_file, writing
 from compiler.types import Artifact, File
 
@@ -44,10 +47,15 @@ def package(
         made = [(entry.root / file.path, file.path, file) for artifact, entry in artifacts for file in artifact.files]
         with ThreadPoolExecutor() as pool:
             written = list(pool.map(lambda part: _put(aside, *part), [*made, *parts]))
-        write_file(aside / VALIDATION, canonical(validation))
-        files = [*written[len(made) :], hash_file(aside, VALIDATION)]
+        files = [*written[len(made) :], _write(aside, VALIDATION, canonical(validation))]
+        # Each covers what was written before it: the bill of materials, the provenance, the manifest, the sums.
         whole = replace(manifest, files=tuple(sorted(files)))
-        write_file(aside / MANIFEST, to_bytes(whole))
+        files.append(_write(aside, BOM, bom(whole, validation)))
+        whole = replace(manifest, files=tuple(sorted(files)))
+        files.append(_write(aside, PROVENANCE, provenance(whole, validation, parameters(whole))))
+        whole = replace(manifest, files=tuple(sorted(files)))
+        _write(aside, MANIFEST, content := to_bytes(whole))
+        _write(aside, SUMS, sums(whole, content))
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(aside, target)
         sync_folder(target.parent)
@@ -56,8 +64,18 @@ def package(
 
 def _put(aside: Path, source: Path, path: str, expected: File | None) -> File:
     """Copy a file into the release as `path`, and make sure that it is the one that was hashed before."""
+    if not portable(path):
+        raise StageError(f"packaging: {source.parent}: {path!r} cannot be a name in a release; rename the file")
     (aside / path).parent.mkdir(parents=True, exist_ok=True)
     written = replace(copy(source, aside / path), path=path)
     if expected is not None and (written.sha256, written.size) != (expected.sha256, expected.size):
         raise StageError(f"packaging: {source}: changed while the build ran; build again")
     return written
+
+
+def _write(aside: Path, path: str, content: bytes) -> File:
+    """Write a file of our own, which must not take the place of one that is there."""
+    if os.path.lexists(aside / path):
+        raise StageError(f"packaging: {path}: the checkpoint has a file of that name, which is the release's own; rename it")
+    write_file(aside / path, content)
+    return File(path, hashlib.sha256(content).hexdigest(), len(content))

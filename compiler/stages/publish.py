@@ -16,7 +16,7 @@ from compiler.manifest import MANIFEST, OUTSIDE, Manifest, from_bytes
 from compiler.registries import Parcel, Registry, TakenError, Version
 from compiler.store import scratch, writing
 from compiler.types import Event
-from compiler.verify import read_release, verify_files
+from compiler.verify import read_release, verify_files, verify_sums
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ def pull(url: str, folder: Path) -> tuple[Manifest, bool]:
         manifest, _ = read_release(aside)
         if manifest.release != version.release:
             raise ReleaseError(f"{place}: {version.release} holds release {manifest.release}; do not use it")
+        verify_sums(aside, manifest)  # every other file was hashed while it came
         try:
             os.rename(aside, folder)  # an empty folder makes room, any other does not
         except OSError as error:

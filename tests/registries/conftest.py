@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from compiler.hashing import canonical, hash_file
-from compiler.manifest import MANIFEST, VALIDATION, Manifest, Source, from_bytes, to_bytes
+from compiler.manifest import MANIFEST, SUMS, VALIDATION, Manifest, Source, from_bytes, sums, to_bytes
 from compiler.types import Artifact, File, Signature, Tensor
 
 FILES = {
@@ -40,7 +40,9 @@ def make_release(
     of_format = {format: tuple(file for file in found if file.path.startswith(f"{format}/")) for format in formats}
     own = tuple(file for file in found if not file.path.startswith(tuple(f"{format}/" for format in formats)))
     manifest = manifest_of(own, of_format, name=name, release=release)
-    (folder / MANIFEST).write_bytes(to_bytes(manifest))
+    content = to_bytes(manifest)
+    (folder / MANIFEST).write_bytes(content)
+    (folder / SUMS).write_bytes(sums(manifest, content))
     return from_bytes((folder / MANIFEST).read_bytes(), str(folder))
 
 

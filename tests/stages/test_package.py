@@ -5,23 +5,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from compiler.bom import BOM
 from compiler.errors import ReleaseError, StageError
 from compiler.hashing import hash_file, hash_folder, list_files
-from compiler.manifest import MANIFEST, SAMPLES, VALIDATION, Manifest, Source, from_bytes
+from compiler.manifest import MANIFEST, SAMPLES, SIGNATURE, SUMS, VALIDATION, Manifest, Source, from_bytes, sums
+from compiler.provenance import PROVENANCE
 from compiler.stages.package import package
 from compiler.store import Entry, scratch
 from compiler.types import Artifact, File, Signature, Tensor
-from compiler.verify import read_release, verify_files
+from compiler.verify import read_release, record_benchmark, verify_files, verify_sums
 from tests.test_store import small_disk
 
 VALIDATED = {
     "schema": 1,
+    "data": {"name": "lines.jsonl", "sha256": "d" * 64, "lines": 3},
+    "cpu": "avx2",
+    "threads": 1,
     "artifacts": [
         {
             "format": "onnx",
@@ -122,6 +128,8 @@ FILES = (
     "onnx/model.onnx",
     "onnx/model.onnx.data",
     "tokenizer.json",
+    BOM,
+    PROVENANCE,
     VALIDATION,
     SAMPLES,
 )
@@ -130,9 +138,9 @@ FILES = (
 class TestRelease:
     def test_it_holds_everything_and_nothing_else(self, parts: Parts) -> None:
         whole = parts.package()
-        assert list_files(parts.target) == sorted([*FILES, MANIFEST])
+        assert list_files(parts.target) == sorted([*FILES, MANIFEST, SUMS])
         assert [file.path for file in whole.every_file] == sorted(FILES)
-        assert list_files(parts.output) == sorted(f"tiny/1.0.0/{name}" for name in (*FILES, MANIFEST))
+        assert list_files(parts.output) == sorted(f"tiny/1.0.0/{name}" for name in (*FILES, MANIFEST, SUMS))
 
     def test_every_file_is_as_it_was(self, parts: Parts) -> None:
         parts.package()
@@ -161,6 +169,13 @@ class TestRelease:
     def test_it_names_no_path_of_this_machine(self, release: Path) -> None:
         here = str(release.parent.parent).encode()
         assert [name for name in list_files(release) if here in (release / name).read_bytes()] == []
+
+    def test_sha256sum_reads_the_sums(self, release: Path) -> None:
+        """Of every file but the sums themselves, manifest.json included."""
+        checked = subprocess.run(
+            ["sha256sum", "--check", "--strict", SUMS], cwd=release, capture_output=True, text=True, check=True
+        )
+        assert sorted(checked.stdout.splitlines()) == sorted(f"{name}: OK" for name in (*FILES, MANIFEST))
 
     def test_linked_files_of_a_checkpoint_become_files(self, parts: Parts) -> None:
         """As in a hub's cache."""
@@ -208,9 +223,22 @@ class TestNotAtAll:
         parts.support.append(parts.support[0])
         self.refused(parts, "config.json")
 
+    @pytest.mark.parametrize("name", ["a\nb.json", "a\\b.json", f"{SUMS}/config.json", f"{SIGNATURE}/config.json"])
+    def test_a_name_that_no_release_can_hold(self, parts: Parts, name: str) -> None:
+        (parts.checkpoint / name).parent.mkdir(exist_ok=True)
+        (parts.checkpoint / name).write_bytes(b"{}")
+        parts.support.append((parts.checkpoint, hash_file(parts.checkpoint, name)))
+        self.refused(parts, "cannot be a name in a release", "rename")
+
+    @pytest.mark.parametrize("name", [BOM, PROVENANCE, VALIDATION])
+    def test_a_file_in_the_place_of_one_of_ours(self, parts: Parts, name: str) -> None:
+        (parts.checkpoint / name).write_bytes(b"{}")
+        parts.support.append((parts.checkpoint, hash_file(parts.checkpoint, name)))
+        self.refused(parts, name, "the release's own")
+
     def test_a_figure_that_is_not_a_number(self, parts: Parts) -> None:
         with pytest.raises(ValueError, match="JSON"):
-            parts.package({"figure": float("nan")})
+            parts.package({**VALIDATED, "figure": float("nan")})
         assert list_files(parts.output) == []
 
     def test_a_release_that_is_there_is_never_replaced(self, parts: Parts) -> None:
@@ -256,7 +284,7 @@ class TestDamage:
             (release / MANIFEST).write_bytes(changed)
             refused(release, MANIFEST)
 
-    @pytest.mark.parametrize("name", [*FILES, MANIFEST])
+    @pytest.mark.parametrize("name", [*FILES, MANIFEST, SUMS])
     def test_a_file_cut_off_or_longer(self, release: Path, name: str) -> None:
         content = (release / name).read_bytes()
         (release / name).write_bytes(content + b" ")
@@ -265,7 +293,31 @@ class TestDamage:
             (release / name).write_bytes(content[:-1])
             refused(release, name)
 
-    @pytest.mark.parametrize("name", [*FILES, MANIFEST])
+    def test_every_byte_of_the_sums(self, release: Path) -> None:
+        content = (release / SUMS).read_bytes()
+        for position in range(len(content)):
+            changed = bytearray(content)
+            changed[position] ^= 1 << position % 8
+            (release / SUMS).write_bytes(changed)
+            refused(release, SUMS)
+
+    @pytest.mark.parametrize("change", [lambda lines: lines[1:], lambda lines: [*lines, lines[0]], lambda lines: lines[::-1]])
+    def test_other_lines_in_the_sums(self, release: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
+        lines = (release / SUMS).read_bytes().splitlines(keepends=True)
+        (release / SUMS).write_bytes(b"".join(change(lines)))
+        refused(release, f"{SUMS} is changed")
+
+    @pytest.mark.parametrize("name", [SUMS, SIGNATURE])
+    def test_what_is_no_file_beside_the_manifest(self, release: Path, tmp_path: Path, name: str) -> None:
+        (tmp_path / "other").write_bytes(b"x")
+        (release / name).unlink(missing_ok=True)
+        (release / name).symlink_to(tmp_path / "other")
+        refused(release, f"{name} is a link")
+        (release / name).unlink()
+        os.mkfifo(release / name)
+        refused(release, name)
+
+    @pytest.mark.parametrize("name", [*FILES, MANIFEST, SUMS])
     def test_a_missing_file(self, release: Path, name: str) -> None:
         (release / name).unlink()
         refused(release, name)
@@ -322,3 +374,75 @@ class TestDamage:
 
     def test_an_empty_folder(self, tmp_path: Path) -> None:
         refused(tmp_path, MANIFEST)
+
+
+BENCHMARK = {"rounds": 1}
+
+
+class TestRecord:
+    """`bench --record` writes two files of a release: either both are there, or it is said which is behind."""
+
+    def recorded(self, release: Path) -> object:
+        return from_bytes((release / MANIFEST).read_bytes(), "x").benchmark
+
+    def test_it_still_verifies(self, release: Path) -> None:
+        for rounds in (1, 2):
+            record_benchmark(release, {"rounds": rounds})
+            verify(release)
+            assert self.recorded(release) == {"rounds": rounds}
+            subprocess.run(["sha256sum", "--check", "--strict", "--quiet", SUMS], cwd=release, check=True)
+        assert [name for name in list_files(release.parent) if not name.startswith("release/")] == []
+
+    @pytest.mark.parametrize("renames", [0, 1])
+    def test_one_that_is_cut_off(self, release: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
+        rename = os.replace
+        done: list[Path] = []
+
+        def stop(source: Path, target: Path) -> None:
+            if len(done) == renames:
+                raise KeyboardInterrupt
+            done.append(target)
+            rename(source, target)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(os, "replace", stop)
+            record_benchmark(release, BENCHMARK)
+        if renames:
+            refused(release, f"{SUMS} is of another {MANIFEST}", "bench --record", "run it again")
+        else:
+            verify(release)
+        manifest, _ = read_release(release)
+        verify_files(release, manifest, recording=True)
+        record_benchmark(release, BENCHMARK)
+        verify(release)
+
+    def test_recording_overlooks_nothing_else(self, release: Path) -> None:
+        manifest, _ = read_release(release)
+        content = (release / SUMS).read_bytes()
+        (release / SUMS).write_bytes(content.replace(b"  config.json", b"  konfig.json"))
+        with pytest.raises(ReleaseError, match=f"{SUMS} is changed"):
+            verify_files(release, manifest, recording=True)
+        (release / SUMS).unlink()
+        with pytest.raises(ReleaseError, match=f"{SUMS} is missing"):
+            verify_files(release, manifest, recording=True)
+
+    def test_a_full_disk_changes_nothing(self, release: Path, tmp_path: Path) -> None:
+        with small_disk(tmp_path / "disk", "64k") as disk:
+            shutil.copytree(release, disk / "release")
+            with pytest.raises(StageError, match="no space is left"):
+                record_benchmark(disk / "release", {"text": "x" * 70_000})
+            verify(disk / "release")
+            assert self.recorded(disk / "release") is None
+
+
+def test_sums_of_a_pulled_release(release: Path) -> None:
+    """Where every file was hashed while it came, what says so is held against the manifest alone."""
+    manifest, _ = read_release(release)
+    verify_sums(release, manifest)
+    assert (release / SUMS).read_bytes() == sums(manifest, (release / MANIFEST).read_bytes())
+    (release / SUMS).write_bytes(b"")
+    with pytest.raises(ReleaseError, match=f"{SUMS} is changed"):
+        verify_sums(release, manifest)
+    (release / SUMS).unlink()
+    with pytest.raises(ReleaseError, match=f"{SUMS} is missing"):
+        verify_sums(release, manifest)

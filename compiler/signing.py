@@ -1,0 +1,201 @@
+"""Signatures: model.sig is an OpenSSF model signature (https://github.com/sigstore/model-transparency) by a local key, over
+every file of a release but itself. The library signs and verifies; what is here makes sure that it covers all, and nothing
+else passes for it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compiler.errors import ReleaseError, SigningError
+from compiler.hashing import hash_files, sync
+from compiler.manifest import MANIFEST, SIGNATURE, SUMS, Manifest
+from compiler.store import scratch, writing
+from compiler.verify import read_release, verify_files
+
+# As sigstore's bundles and in-toto's statements name themselves.
+BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+# A signature has some 200 bytes a file.
+MOST_BYTES = 16 << 20
+
+
+def sign(path: Path, key: Path, password: Callable[[], str]) -> Manifest:
+    """Verify a release and sign it, in place of an earlier signature.
+
+    Args:
+        key: an EC private key (P-256, P-384 or P-521), PEM.
+        password: asked for when the key is encrypted.
+
+    Raises:
+        ReleaseError: the release is damaged.
+        SigningError: the key cannot be used, or the library is not installed.
+        StageError: the signature cannot be written.
+    """
+    library = _library()
+    config = _signer(library, key, password).set_hashing_config(_hashing(library))
+    manifest, _ = read_release(path)
+    verify_files(path, manifest)
+    expected = _hashes(path, manifest)
+    root = path.resolve()  # the library takes no link, not even to a release's folder
+    with writing(root.parent, "the signature"), scratch(root.parent) as aside:
+        try:
+            config.sign(root, aside / SIGNATURE)
+        except ValueError as error:
+            raise ReleaseError(f"{path}: cannot be signed ({error}); verify it again") from error
+        if _signed(_bundle(aside / SIGNATURE)) != expected:
+            raise ReleaseError(f"{path}: changed while it was signed; verify it, and sign it again")
+        with open(aside / SIGNATURE, "rb+") as stream:
+            sync(stream)
+        os.replace(aside / SIGNATURE, root / SIGNATURE)
+    return manifest
+
+
+def verify_signature(path: Path, manifest: Manifest, key: Path) -> None:
+    """Check the signature of a release whose files were verified.
+
+    Args:
+        key: the public key, PEM.
+
+    Raises:
+        ReleaseError: it is not signed, or not with this key, or not with this content, or the signature was touched.
+        SigningError: the key cannot be used, or the library is not installed.
+    """
+    library = _library()
+    verifier = _verifier(library, key).set_hashing_config(_hashing(library))
+    if not os.path.lexists(path / SIGNATURE):
+        raise ReleaseError(f"{path}: is not signed (it has no {SIGNATURE}); get a signed one, or verify without --key")
+    bundle = _bundle(path / SIGNATURE)
+    if bundle["verificationMaterial"]["publicKey"]["hint"] != fingerprint(key):
+        raise ReleaseError(f"{path}: was signed with another key than {key}; give its own, or do not use this release")
+    signed, present = _signed(bundle), _hashes(path, manifest)
+    other = [name for name in {*signed, *present} if signed.get(name) != present.get(name)]
+    if other:
+        other.sort(key=lambda name: (name in (MANIFEST, SUMS), name))  # which follow from the rest
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        raise ReleaseError(f"{path}: {SIGNATURE} is of other files ({', '.join(other[:3])}{more}); do not use this release")
+    try:
+        verifier.verify(path.resolve(), path.resolve() / SIGNATURE)
+    except Exception as error:  # the library lets through what its parts raise
+        raise ReleaseError(f"{path}: {SIGNATURE} was not made with {key}, or was changed; do not use this release") from error
+
+
+def fingerprint(key: Path) -> str:
+    """The sha256 (hex) of a public key, as signatures name it. Raises SigningError when it is none that signs releases."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+
+    try:
+        public = load_pem_public_key(key.read_bytes())
+    except OSError as error:
+        raise SigningError(f"{key}: cannot be read ({error.strerror})") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        hint = f"openssl ec -in {key} -pubout makes it of a private one"
+        raise SigningError(f"{key}: is no EC public key (PEM); {hint}") from error
+    return hashlib.sha256(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+
+
+def _library() -> Any:
+    try:
+        import cryptography
+        import model_signing
+    except ImportError as error:
+        raise SigningError(
+            f"signatures need model-signing ({error.name} is missing): pip install 'aot-model-compiler[sign]'"
+        ) from error
+    del cryptography
+    return model_signing
+
+
+def _hashing(library: Any) -> Any:
+    """Every file but the signature: by itself the library would leave out git's."""
+    return library.hashing.Config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False).set_allow_symlinks(False)
+
+
+def _signer(library: Any, key: Path, password: Callable[[], str]) -> Any:
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    config = library.signing.Config()
+    secret = None
+    try:
+        try:
+            return config.use_elliptic_key_signer(private_key=key)
+        except TypeError:  # it is encrypted
+            secret = password().encode()
+        # As bytes: what the library hands it to takes no text.
+        return config.use_elliptic_key_signer(private_key=key, password=secret)
+    except OSError as error:
+        raise SigningError(f"{key}: cannot be read ({error.strerror})") from error
+    except (ValueError, AttributeError, TypeError, UnsupportedAlgorithm) as error:
+        if secret is not None and isinstance(error, (ValueError, TypeError)) and "curve" not in str(error):
+            raise SigningError(f"{key}: the password does not open it; give the right one") from error
+        make = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
+        raise SigningError(f"{key}: is no EC private key of P-256, P-384 or P-521 (PEM); make one: {make}") from error
+
+
+def _verifier(library: Any, key: Path) -> Any:
+    fingerprint(key)
+    try:
+        return library.verifying.Config().use_elliptic_key_verifier(public_key=key)
+    except (ValueError, AttributeError) as error:
+        raise SigningError(f"{key}: is no EC public key of P-256, P-384 or P-521; releases are signed with such") from error
+
+
+def _hashes(path: Path, manifest: Manifest) -> dict[str, str]:
+    """What a signature must cover: every file of the release but itself, by its sha256."""
+    return {file.path: file.sha256 for file in (*manifest.every_file, *hash_files(path, (MANIFEST, SUMS)))}
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    """A signature's content, which must be in the one form that the library writes: what it does not sign (the key's
+    fingerprint, spaces, unused bits of base64) would else be free to change.
+
+    Raises:
+        ReleaseError: it cannot be read, or is another form.
+    """
+    try:
+        if os.stat(path).st_size > MOST_BYTES:
+            raise ValueError
+        content = path.read_bytes()
+        bundle: dict[str, Any] = json.loads(content)
+        envelope = bundle["dsseEnvelope"]
+        (signature,) = envelope["signatures"]
+        form = {
+            "mediaType": BUNDLE_TYPE,
+            "verificationMaterial": {
+                "publicKey": {"hint": bundle["verificationMaterial"]["publicKey"]["hint"]},
+                "tlogEntries": [],
+            },
+            "dsseEnvelope": {
+                "payload": _base64(envelope["payload"]),
+                "payloadType": PAYLOAD_TYPE,
+                "signatures": [{"sig": _base64(signature["sig"]), "keyid": ""}],
+            },
+        }
+        if bundle != form or json.dumps(bundle, separators=(",", ":")).encode() != content:
+            raise ValueError
+    except OSError as error:
+        raise ReleaseError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ReleaseError(f"{path}: not a signature, or was changed; do not use this release, or sign it again") from error
+    return bundle
+
+
+def _base64(text: str) -> str:
+    """The one form of a base64 text. Raises ValueError when it is none."""
+    return base64.b64encode(base64.b64decode(text, validate=True)).decode()
+
+
+def _signed(bundle: dict[str, Any]) -> dict[str, str]:
+    """The files that a signature says it covers, by their sha256; none where it says nothing of the kind."""
+    try:
+        resources = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))["predicate"]["resources"]
+        return {resource["name"]: resource["digest"] for resource in resources if resource["algorithm"] == "sha256"}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
