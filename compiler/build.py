@@ -20,13 +20,11 @@ from filelock import FileLock, Timeout
 import compiler
 from compiler import cpu, workers
 from compiler.backends import BACKENDS
-from compiler.config import ModelSpec
 from compiler.errors import CompileError, NumericsError, ReleaseError, StageError
 from compiler.hashing import canonical
 from compiler.manifest import MANIFEST, Made, Manifest, Source, differences, from_bytes
 from compiler.numerics import judge
-from compiler.plan import LOAD_LIBRARIES, Plan, make_plan, version, why
-from compiler.sources import resolve
+from compiler.plan import Plan, why
 from compiler.stages.export import export
 from compiler.stages.load import REFERENCE, SAMPLES, reference
 from compiler.stages.optimize import check_fusions
@@ -224,19 +222,19 @@ class Build:
             ReleaseError: a release of that version is there, and this build gives other bytes.
         """
         spec, plan, snapshot = self.plan.spec, self.plan, self.plan.snapshot
-        libraries = {name for target in plan.validates for name in BACKENDS[target.format].LIBRARIES}
         manifest = Manifest(
             name=spec.name,
             release=spec.release,
             task=plan.task,
             architecture=loaded.info["architecture"],
             source=Source(snapshot.uri, snapshot.revision, snapshot.licence, snapshot.files),
+            entry=plan.entry,
             signature=Signature.from_json(loaded.info["signature"]),
             positions=loaded.info["positions"],
             left_out=tuple(loaded.info["left_out"]),
             artifacts=tuple(candidate.artifact for candidate in made),
             files=(),
-            libraries={name: version(name) for name in sorted({*libraries, *LOAD_LIBRARIES})},
+            libraries=plan.libraries,
             python=platform.python_version(),
             compiler=compiler.__version__,
             steps={step.id: Made(step.key, step.inputs) for step in plan.steps},
@@ -263,7 +261,7 @@ class Build:
         support = [(snapshot.root, file) for file in snapshot.support]
         support += [(loaded.root, inside[path]) for path in loaded.info["support"]]
         artifacts = [(candidate.artifact, candidate.entry) for candidate in made]
-        content = (manifest, artifacts, support, loaded.root / SAMPLES, validation)
+        content = (manifest, artifacts, support, (loaded.root, inside[SAMPLES]), validation)
         reports = tuple(candidate.report for candidate in made)
         started = self._started(plan.package)
         with writing(self.context.output, "the output folder"), scratch(self.folder) as aside:
@@ -366,13 +364,13 @@ def existing(target: Path) -> tuple[Manifest, tuple[Report, ...]] | None:
     return manifest, reports
 
 
-def planned(spec: ModelSpec, folder: Path, output: Path, store: Store) -> list[dict[str, str]]:
+def planned(plan: Plan, output: Path, store: Store) -> list[dict[str, str]]:
     """A model's steps as rows of `model`, `step`, `state` (`run`, `cached`, `current`, `blocked`, `refused`) and `why`.
 
     Raises:
         ReleaseError: a release of that version is there and is damaged.
     """
-    plan = make_plan(spec, resolve(spec, folder), folder)
+    spec = plan.spec
     target = output / spec.name / spec.release
     history = read_history(history_path(output, spec.name))
     rows = []

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -26,12 +26,17 @@ if TYPE_CHECKING:
     from compiler.bench import Result
     from compiler.build import Release
     from compiler.manifest import Manifest
+    from compiler.plan import Plan
     from compiler.types import Report
 
 CACHE_VARIABLE = "COMPILE_CACHE_DIR"
 json_option = click.option("--json", "as_json", is_flag=True, help="The result on stdout as JSON; progress stays on stderr.")
 cache_option = click.option(
     "--cache-dir", envvar=CACHE_VARIABLE, type=click.Path(path_type=Path), help=f"The stage cache (also {CACHE_VARIABLE})."
+)
+
+locked_option = click.option(
+    "--locked", is_flag=True, help="Refuse when anything is not as pipeline.lock, which builds write, records it."
 )
 
 
@@ -51,6 +56,7 @@ def cli() -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where releases go, instead of the pipeline's output:.")
 @click.option("--only", multiple=True, metavar="NAME", help="Build this model only; may be given again.")
 @click.option("--no-cache", is_flag=True, help="Run every step, and compare with a release that is there.")
+@locked_option
 @click.option(
     "-j", "--jobs", type=click.IntRange(1, 64), default=3, show_default=True, help="Formats to work on side by side."
 )
@@ -62,6 +68,7 @@ def build(
     output: Path | None,
     only: tuple[str, ...],
     no_cache: bool,
+    locked: bool,
     jobs: int,
     verbose: bool,
     cache_dir: Path | None,
@@ -70,6 +77,7 @@ def build(
     """Build the releases of PIPELINE (pipeline.yaml)."""
     from compiler.build import FOLDER, Context
     from compiler.config import read
+    from compiler.lock import lock_path
     from compiler.pipeline import build as run
     from compiler.progress import Display
 
@@ -86,15 +94,17 @@ def build(
             jobs=jobs,
         )
         releases = []
+        done = False
         try:
-            for release in run(parsed, context, only):
+            for release in run(parsed, context, lock_path(pipeline), only, locked=locked):
                 releases.append(release)
+            done = True
         except NumericsError as error:
             if error.reports and not as_json:
                 display.console.print(_verdicts(error.reports))
             raise
         finally:
-            if not as_json and len(releases) < len(parsed.models):
+            if not as_json and not done:
                 for release in releases:  # what was released before something failed
                     _table(release.manifest, release.reports, release.path)
     if as_json:
@@ -108,18 +118,25 @@ def build(
 @click.argument("pipeline", type=click.Path(path_type=Path), default=Path("pipeline.yaml"))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where releases go, instead of the pipeline's output:.")
 @click.option("--only", multiple=True, metavar="NAME", help="Plan this model only; may be given again.")
+@locked_option
 @cache_option
 @json_option
-def plan(pipeline: Path, output: Path | None, only: tuple[str, ...], cache_dir: Path | None, as_json: bool) -> None:
+def plan(
+    pipeline: Path, output: Path | None, only: tuple[str, ...], locked: bool, cache_dir: Path | None, as_json: bool
+) -> None:
     """List every step of PIPELINE: whether it would run or come from the cache, and why."""
     from compiler.build import planned
     from compiler.config import read
-    from compiler.pipeline import select
+    from compiler.lock import lock_path
+    from compiler.pipeline import locked_plans, plan_model, select
 
     parsed = read(pipeline)
     where = output if output is not None else pipeline.parent / parsed.output
     store = _store(cache_dir)
-    rows = [row for spec in select(parsed, only) for row in planned(spec, pipeline.parent, where, store)]
+    plans: Iterable[Plan] = (plan_model(spec, pipeline.parent) for spec in select(parsed, only))
+    if locked:
+        plans = locked_plans(parsed, pipeline.parent, lock_path(pipeline), only)
+    rows = [row for plan in plans for row in planned(plan, where, store)]
     if as_json:
         _print_json(rows)
         return

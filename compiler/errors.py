@@ -39,7 +39,18 @@ class NumericsError(CompileError):
 
 
 class ReleaseError(CompileError):
-    """A release on disk is damaged, or one that exists would be changed."""
+    """A release on disk is damaged, or one that exists would be changed.
+
+    `files` are those that are not what they should be, where they are known.
+    """
+
+    def __init__(self, message: str, files: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.files = files
+
+
+class LockError(CompileError):
+    """A pipeline's lock is missing or damaged, cannot be written, or records something else than is here."""
 
 
 class RegistryError(CompileError):
