@@ -20,7 +20,7 @@ import click
 from click_default_group import DefaultGroup  # type: ignore[import-untyped]
 
 import compiler
-from compiler.errors import CompileError, NumericsError
+from compiler.errors import CompileError, NumericsError, ReleaseError
 
 if TYPE_CHECKING:
     from compiler.bench import Result
@@ -191,7 +191,12 @@ def inspect(release: Path, as_json: bool) -> None:
 @cli.command(short_help="Hash a release again; repeat its checks.")
 @click.argument("release", type=click.Path(path_type=Path))
 @click.option("--numerics", is_flag=True, help="Also reopen every artifact and repeat its checks.")
+@click.option("--rebuild", is_flag=True, help="Also build it again, without the cache, and compare every byte.")
+@click.option("--any-environment", is_flag=True, help="Rebuild also where libraries, CPU or compiler are others.")
 @click.option("--source", help="Where the checkpoint is now, if not where the manifest says: path:, package: or hf:.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), help="Where pipeline.yaml's relative paths start, if not here, nor two up."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own code, if the reference needs it.")
 @click.option("--allow-pickle", is_flag=True, help="Open the checkpoint's pickle, if its weights are one.")
 @cache_option
@@ -199,30 +204,54 @@ def inspect(release: Path, as_json: bool) -> None:
 def verify(
     release: Path,
     numerics: bool,
+    rebuild: bool,
+    any_environment: bool,
     source: str | None,
+    folder: Path | None,
     trust_remote_code: bool,
     allow_pickle: bool,
     cache_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Hash every file of RELEASE again; with --numerics, repeat its checks against the original."""
+    """Hash every file of RELEASE again; with --numerics, repeat its checks against the original; with --rebuild, build it
+    again from what its manifest says, and compare every byte."""
     from compiler.progress import Display
     from compiler.verify import read_release, verify_files, verify_numerics
 
+    if any_environment and not rebuild:
+        raise click.UsageError("--any-environment is for --rebuild")
+    if folder is not None and not (numerics or rebuild):
+        raise click.UsageError("--folder is for --numerics and --rebuild")
+
     manifest, reports = read_release(release)
     verify_files(release, manifest)
+    options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    store = _store(cache_dir)
     if numerics:
-        options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
         with Display() as display:
-            reports = verify_numerics(release, manifest, _store(cache_dir), display.tell, source, options)
+            reports = verify_numerics(release, manifest, store, display.tell, source, options, folder)
     count = len(manifest.every_file)
+    if not as_json:
+        click.echo(f"{manifest.name} {manifest.release}: {count} files are what the manifest says")
+        if numerics:
+            _table(manifest, reports, release)
+    if rebuild:
+        from compiler.rebuild import rebuild as run
+
+        try:
+            with Display() as display:
+                again = run(
+                    release, manifest, store.root, display.tell, source, folder, options, any_environment=any_environment
+                )
+        except ReleaseError as error:
+            for name in () if as_json else error.files:
+                click.echo(f"differs  {name}")
+            raise
+        if not as_json:
+            click.echo(f"{manifest.name} {manifest.release}: built again, {again} files are the same bytes")
     if as_json:
         checks = [_report_json(report) for report in reports] if numerics else []
-        _print_json({"release": str(release), "files": count, "numerics": numerics, "checks": checks})
-        return
-    click.echo(f"{manifest.name} {manifest.release}: {count} files are what the manifest says")
-    if numerics:
-        _table(manifest, reports, release)
+        _print_json({"release": str(release), "files": count, "numerics": numerics, "checks": checks, "rebuild": rebuild})
 
 
 def _shape(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
@@ -457,9 +486,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         text = " ".join(str(error).split())
         if "--json" in given:
             reports = getattr(error, "reports", ())
-            _print_json(
-                {"error": text, "kind": type(error).__name__, "artifacts": [_report_json(report) for report in reports]}
-            )
+            answer = {"error": text, "kind": type(error).__name__, "artifacts": [_report_json(report) for report in reports]}
+            if isinstance(error, ReleaseError) and error.files:
+                answer["files"] = list(error.files)
+            _print_json(answer)
         click.echo(f"error: {text}", err=True)
         code = 1
     except OSError as error:

@@ -36,7 +36,5 @@ def features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     }
     machine = platform.machine()
     known = FEATURES if machine in ("x86_64", "AMD64") else ARM_FEATURES
-    caps = sorted(
-        f"{name}={value}" for name, value in os.environ.items() if name.startswith(VARIABLES) and not name.endswith(THREADS)
-    )
-    return " ".join([machine, *(name for name in known if name in words), *caps])
+    caps = [name for name in sorted(os.environ) if name.startswith(VARIABLES) and not name.endswith(THREADS)]
+    return " ".join([machine, *(name for name in known if name in words), *(f"{name}={os.environ[name]}" for name in caps)])

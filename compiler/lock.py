@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 import compiler
-from compiler.errors import CompileError, LockError
+from compiler.errors import LockError
 from compiler.hashing import canonical, sync
 from compiler.manifest import differences
 from compiler.plan import Plan
@@ -98,9 +98,7 @@ def check_lock(path: Path, plans: Sequence[Plan], *, whole: bool) -> None:
     """
     recorded = read_lock(path)
     if recorded is None:
-        raise LockError(
-            f"{path}: no such lock, and --locked builds only what one records; build without it, and commit the lock"
-        )
+        raise LockError(f"{path}: no such lock; --locked wants one: build without it, and commit the lock that this writes")
     found = []
     for plan in plans:
         model = str(plan.spec)
@@ -109,9 +107,8 @@ def check_lock(path: Path, plans: Sequence[Plan], *, whole: bool) -> None:
             continue
         found += [f"{model}: {text}" for text in differences(_flat(recorded[model]), _flat(locked(plan)))]
     if whole:
-        found += [
-            f"{model} is no longer in the pipeline" for model in sorted(set(recorded) - {str(plan.spec) for plan in plans})
-        ]
+        gone = set(recorded) - {str(plan.spec) for plan in plans}
+        found += [f"{model} is no longer in the pipeline" for model in sorted(gone)]
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise LockError(
@@ -178,7 +175,7 @@ def _aside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[int]:
-    """The file that becomes the lock by a rename, held by one process at a time; one that a killed build left is taken over."""
+    """The file that becomes the lock by a rename, which one process holds at a time; what a killed one left is taken over."""
     while True:
         descriptor = os.open(_aside(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from compiler.build import Build, Context, Release
@@ -25,9 +25,9 @@ def build(
     """
     specs = select(pipeline, only)
     read_lock(lock)  # a damaged one is told before anything is built
-    plans = (
-        locked_plans(pipeline, context.folder, lock, only) if locked else (plan_model(spec, context.folder) for spec in specs)
-    )
+    plans: Iterable[Plan] = (plan_model(spec, context.folder) for spec in specs)
+    if locked:
+        plans = locked_plans(pipeline, context.folder, lock, only)
     for plan in plans:
         yield build_model(plan, context)
         if not locked:

@@ -41,8 +41,18 @@ LOAD_LIBRARIES = (
     "torch",
     "transformers",
 )
-# Modules of ours that talk to the user, and shape no byte of a release.
-TALK = ("__main__.py", "bench.py", "cli.py", "init.py", "progress.py")
+# Modules of ours that shape no byte of a release: they talk to the user, or come before or after the build.
+TALK = (
+    "__main__.py",
+    "bench.py",
+    "cli.py",
+    "init.py",
+    "lock.py",
+    "progress.py",
+    "rebuild.py",
+    "registries/",
+    "stages/publish.py",
+)
 # How a step's inputs name the hash of a backend's module.
 CODE_OF = "code of "
 # Files of a checkpoint that travel with a release but that no computation reads.
@@ -90,10 +100,8 @@ class Plan:
     @property
     def code(self) -> dict[str, str]:
         """The hashes (sha256, hex) of our own code that shapes the release: of the stages, and of each backend."""
-        backends = {
-            name: step.inputs[name] for step in self.exports.values() for name in step.inputs if name.startswith(CODE_OF)
-        }
-        return {"stages": self.load.inputs["code"], **{name.removeprefix(CODE_OF): code for name, code in backends.items()}}
+        backends = {target.format: step.inputs[f"{CODE_OF}{target.format}"] for target, step in self.exports.items()}
+        return {"stages": self.load.inputs["code"], **backends}
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -254,7 +262,7 @@ def version(distribution: str) -> str:
 def _code() -> str:
     """The hash of our own modules, but for the backends' and those that only talk: a version that raises itself."""
     modules = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-    shaping = [name for name in modules if name not in TALK and not name.startswith("backends/")]
+    shaping = [name for name in modules if not name.startswith((*TALK, "backends/"))]
     return digest([[file.path, file.sha256] for file in hash_files(PACKAGE, shaping)])
 
 
