@@ -236,6 +236,7 @@ def verify(
         if numerics:
             _table(manifest, reports, release)
     if rebuild:
+        from compiler.manifest import MANIFEST
         from compiler.rebuild import rebuild as run
 
         try:
@@ -248,7 +249,8 @@ def verify(
                 click.echo(f"differs  {name}")
             raise
         if not as_json:
-            click.echo(f"{manifest.name} {manifest.release}: built again, {again} files are the same bytes")
+            without = "" if MANIFEST in again else f"; {MANIFEST} records another environment and was not compared"
+            click.echo(f"{manifest.name} {manifest.release}: built again, {len(again)} files are the same bytes{without}")
     if as_json:
         checks = [_report_json(report) for report in reports] if numerics else []
         _print_json({"release": str(release), "files": count, "numerics": numerics, "checks": checks, "rebuild": rebuild})

@@ -36,8 +36,9 @@ def rebuild(
     options: Mapping[str, bool],
     *,
     any_environment: bool = False,
-) -> int:
-    """Build a release again with an empty cache, below `work`, and compare every file; returns how many there are.
+) -> tuple[str, ...]:
+    """Build a release again with an empty cache, below `work`, and compare every file; returns their names. In another
+    environment its manifest, which records that, is left out.
 
     Args:
         source: where the checkpoint is now, when it is not where the manifest says.
@@ -50,11 +51,12 @@ def rebuild(
         ReleaseError: files come out different, which it names; or the environment is another one.
     """
     plan = plan_again(path, manifest, source, folder, options)
-    if not any_environment and (changed := _environment(manifest, plan)):
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    environment = _environment(manifest, plan)
+    if environment and not any_environment:
+        more = f" and {len(environment) - 3} more" if len(environment) > 3 else ""
         raise ReleaseError(
-            f"{path}: was made in another environment ({', '.join(changed[:3])}{more}), where other bytes are to be expected; "
-            "rebuild it where all is as recorded, or give --any-environment"
+            f"{path}: was made in another environment ({', '.join(environment[:3])}{more}), so other bytes are to be "
+            "expected; rebuild it where all is as recorded, or give --any-environment"
         )
     with writing(work, "the cache"), scratch(work) as aside:
         context = Context(Path(), aside / "output", Store(aside / "cache"), tell)
@@ -64,8 +66,10 @@ def rebuild(
             remove(work / KEPT)
             shutil.move(context.output / FOLDER, work / KEPT)
             raise _moved(error, str(context.output / FOLDER), str(work / KEPT)) from error
-    before = {file.path: file.sha256 for file in manifest.every_file} | {MANIFEST: manifest.identity}
-    after = {file.path: file.sha256 for file in made.every_file} | {MANIFEST: made.identity}
+    before = {file.path: file.sha256 for file in manifest.every_file}
+    after = {file.path: file.sha256 for file in made.every_file}
+    if not environment:
+        before[MANIFEST], after[MANIFEST] = manifest.identity, made.identity
     changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
     if changed:
         raise ReleaseError(
@@ -73,7 +77,7 @@ def rebuild(
             "what its manifest says that it was made from, or this machine computes differently",
             tuple(changed),
         )
-    return len(before)
+    return tuple(sorted(before))
 
 
 def plan_again(path: Path, manifest: Manifest, source: str | None, folder: Path | None, options: Mapping[str, bool]) -> Plan:
