@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import compiler
 from compiler import cpu, plan
 from compiler.config import ModelSpec, read
 from compiler.errors import LockError
@@ -125,7 +126,7 @@ def test_another_input(folder: Path, lock: Path, change: Callable[[Path], object
         (platform, "python_version", lambda: "3.99.0", "→ 3.99.0"),
         (cpu, "features", lambda: "x86_64 avx9", "→ x86_64 avx9"),
         (plan, "_code", lambda: "0" * 64, "code of stages "),
-        (plan.compiler, "__version__", "99.0.0", "compiler 0.1.0 → 99.0.0"),
+        (compiler, "__version__", "99.0.0", "compiler 0.1.0 → 99.0.0"),
     ],
     ids=["package", "python", "cpu", "code", "compiler"],
 )
