@@ -82,6 +82,7 @@ class Build:
         self.folder = context.output / FOLDER / spec.name / spec.release
         self.log = self.folder / "build.log"
         self._entries: dict[str, Entry] = {}
+        self._recalled: dict[str, Entry] = {}
         self._load_options = {"trust_remote_code": spec.trust_remote_code, "allow_pickle": spec.allow_pickle}
 
     @classmethod
@@ -128,6 +129,21 @@ class Build:
             self._check_fusions(target, made[target.format, target.precision])
         self._tell("", "current", started)
         return Release(self.target, manifest, reports, made=False)
+
+    def recall(self) -> bool:
+        """Take every step from the cache, where it has them all, without hashing their files: no job reads them then, and
+        `package`, which hashes what it copies, raises DamagedError."""
+        store = self.context.store
+        found = {step.key: store.look(step, hashed=False) for step in self.plan.steps if step is not self.plan.package}
+        self._recalled = {key: entry for key, entry in found.items() if entry is not None}
+        if not self.context.use_cache or len(self._recalled) < len(found):
+            self._recalled = {}
+        return bool(self._recalled)
+
+    def forget(self) -> None:
+        """After `recall`: hash what the cache has before it is used, and make again what is damaged."""
+        self._tell(self.plan.package.id, "stopped", detail="the cache is damaged")
+        self._recalled, self._entries = {}, {}
 
     def load(self) -> Entry:
         """The reference: samples, and what the untouched fp32 model answers."""
@@ -308,7 +324,10 @@ class Build:
             return self._entries[step.key]
         started = self._started(step)
         try:
-            entry, cached = self.context.store.get_or_make(step, make, use_cache=self.context.use_cache)
+            if (recalled := self._recalled.get(step.key)) is not None:
+                entry, cached = recalled, True
+            else:
+                entry, cached = self.context.store.get_or_make(step, make, use_cache=self.context.use_cache)
         except CompileError as error:
             self._tell(step.id, "stopped" if workers.stopped() else "failed", started)
             if str(error).startswith(step.stage) or isinstance(error, NumericsError):
@@ -399,7 +418,7 @@ def planned(plan: Plan, output: Path, store: Store) -> list[dict[str, str]]:
 def _verdict(plan: Plan, step: Step, store: Store) -> str:
     """Why a target of which it is known fails the build; empty when it does not."""
     target = next((target for target in plan.validates if step in (plan.exports[target], plan.validates[target])), None)
-    entry = store.look(step)
+    entry = store.look(step, hashed=False)
     if target is None or entry is None:
         return ""
     if step.stage == "export":

@@ -27,6 +27,10 @@ class StageError(CompileError):
     """A stage of the build could not do its work."""
 
 
+class DamagedError(StageError):
+    """A file is not the one that was hashed."""
+
+
 class NumericsError(CompileError):
     """An artifact departs from the original model by more than its limits allow.
 

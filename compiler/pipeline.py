@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from compiler.build import Build, Context, Release
 from compiler.config import ModelSpec, Pipeline
-from compiler.errors import ConfigError
+from compiler.errors import ConfigError, DamagedError
 from compiler.lock import check_lock, read_lock, write_lock
 from compiler.plan import Plan, make_plan
 from compiler.sources import resolve
@@ -41,10 +42,18 @@ def build_model(plan: Plan, context: Context) -> Release:
     with Build.alone(plan, context) as build:
         if current := build.published():
             return current
-        reference = build.load()
-        made = build.side_by_side(lambda target: build.validate(target, build.export(target), reference))
-        build.gate(made)
-        return build.package(reference, made)
+        if build.recall():
+            with contextlib.suppress(DamagedError):
+                return _release(build)
+            build.forget()
+        return _release(build)
+
+
+def _release(build: Build) -> Release:
+    reference = build.load()
+    made = build.side_by_side(lambda target: build.validate(target, build.export(target), reference))
+    build.gate(made)
+    return build.package(reference, made)
 
 
 def plan_model(spec: ModelSpec, folder: Path) -> Plan:

@@ -195,6 +195,7 @@ def test_damaged_cache_is_rebuilt(command: Command, tmp_path: Path, bert: Path) 
     assert again.returncode == 0
     assert re.search(r"export torchscript fp32 +done", again.stderr)
     assert re.search(r"load +cached", again.stderr)
+    assert re.search(r"package +stopped .* the cache is damaged", again.stderr)
     assert (tmp_path / "artifacts/tiny/1.0.0/manifest.json").read_bytes() == good
 
 

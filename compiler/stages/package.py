@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compiler.errors import StageError
+from compiler.errors import DamagedError
 from compiler.hashing import canonical, copy
 from compiler.manifest import MANIFEST, SAMPLES, VALIDATION, Manifest, to_bytes
 from compiler.store import Entry, write_file, writing
@@ -36,7 +36,8 @@ def package(
         validation: the content of validation.json.
 
     Raises:
-        StageError: a file is not the one that was validated, or the disk is full or cannot be written.
+        DamagedError: a file is not the one that was validated.
+        StageError: the disk is full or cannot be written.
     """
     with writing(target.parent, "packaging"):
         parts = [(samples[0] / samples[1].path, SAMPLES, samples[1])]
@@ -60,7 +61,7 @@ def _put(aside: Path, source: Path, path: str, expected: File) -> File:
     (aside / path).parent.mkdir(parents=True, exist_ok=True)
     written = replace(copy(source, aside / path), path=path)
     if (written.sha256, written.size) != (expected.sha256, expected.size):
-        raise StageError(f"packaging: {source}: changed while the build ran; build again")
+        raise DamagedError(f"packaging: {source}: changed while the build ran; build again")
     return written
 
 
