@@ -22,6 +22,7 @@ import pytest
 from compiler.hashing import hash_file
 from compiler.manifest import MANIFEST, Made, Manifest, from_bytes, to_bytes
 from tests.conftest import Command, error_line, run_command, write_pipeline
+from tests.hub import Hub
 from tests.zoo import save_checkpoint
 
 ALL_TARGETS = {"torchscript": ["fp32", "bf16"], "onnx": ["fp32"], "openvino": ["fp32", "bf16"]}
@@ -308,6 +309,28 @@ def test_options_of_a_rebuild_alone(command: Command, release: Path) -> None:
         result = command("verify", release, option)
         assert result.returncode == 2
         assert "is for --" in result.stderr
+
+
+def test_rebuild_from_a_hub_asks_for_the_recorded_commit(command: Command, tmp_path: Path, bert: Path) -> None:
+    """Where the branch that was built has moved on, and then where the hub is gone."""
+    with Hub() as hub:
+        content = {path.name: path.read_bytes() for path in bert.iterdir()}
+        commit = hub.add("org/tiny", content, branches=["main"])
+        environment = hub.environment(tmp_path)
+        pipeline = write_pipeline(tmp_path, "hf:org/tiny@main")
+        built = command(pipeline, environment=environment)
+        assert built.returncode == 0, built.stderr
+        release = tmp_path / "artifacts/tiny/1.0.0"
+        assert json.loads((tmp_path / "pipeline.lock").read_text())["models"]["tiny 1.0.0"]["revision"] == commit
+        hub.add("org/tiny", {**content, "README.md": b"Read this."}, branches=["main"])
+        line = error_line(command("build", "--locked", environment=environment))
+        assert f"tiny 1.0.0: revision {commit} → " in line
+    result = command("verify", release, "--rebuild", environment=environment)
+    assert result.returncode == 0, result.stderr
+    assert "files are the same bytes" in result.stdout
+    # Or from a copy, under whatever name.
+    edit(release, made_with(torch="2.12.0"))
+    assert "another environment" in error_line(command("verify", release, "--rebuild", "--source", f"path:{bert}"))
 
 
 @pytest.mark.slow
