@@ -20,13 +20,11 @@ from filelock import FileLock, Timeout
 import compiler
 from compiler import cpu, workers
 from compiler.backends import BACKENDS
-from compiler.config import ModelSpec
 from compiler.errors import CompileError, NumericsError, ReleaseError, StageError
 from compiler.hashing import canonical
 from compiler.manifest import MANIFEST, Made, Manifest, Source, differences, from_bytes
 from compiler.numerics import judge
-from compiler.plan import LOAD_LIBRARIES, PACKAGE_LIBRARIES, Plan, make_plan, version, why
-from compiler.sources import resolve
+from compiler.plan import Plan, why
 from compiler.stages.export import export
 from compiler.stages.load import REFERENCE, SAMPLES, reference
 from compiler.stages.optimize import check_fusions
@@ -84,6 +82,7 @@ class Build:
         self.folder = context.output / FOLDER / spec.name / spec.release
         self.log = self.folder / "build.log"
         self._entries: dict[str, Entry] = {}
+        self._recalled: dict[str, Entry] = {}
         self._load_options = {"trust_remote_code": spec.trust_remote_code, "allow_pickle": spec.allow_pickle}
 
     @classmethod
@@ -130,6 +129,21 @@ class Build:
             self._check_fusions(target, made[target.format, target.precision])
         self._tell("", "current", started)
         return Release(self.target, manifest, reports, made=False)
+
+    def recall(self) -> bool:
+        """Take every step from the cache, where it has them all, without hashing their files: no job reads them then, and
+        `package`, which hashes what it copies, raises DamagedError."""
+        store = self.context.store
+        found = {step.key: store.look(step, hashed=False) for step in self.plan.steps if step is not self.plan.package}
+        self._recalled = {key: entry for key, entry in found.items() if entry is not None}
+        if not self.context.use_cache or len(self._recalled) < len(found):
+            self._recalled = {}
+        return bool(self._recalled)
+
+    def forget(self) -> None:
+        """After `recall`: hash what the cache has before it is used, and make again what is damaged."""
+        self._tell(self.plan.package.id, "stopped", detail="the cache is damaged")
+        self._recalled, self._entries = {}, {}
 
     def load(self) -> Entry:
         """The reference: samples, and what the untouched fp32 model answers."""
@@ -224,19 +238,19 @@ class Build:
             ReleaseError: a release of that version is there, and this build gives other bytes.
         """
         spec, plan, snapshot = self.plan.spec, self.plan, self.plan.snapshot
-        libraries = {name for target in plan.validates for name in BACKENDS[target.format].LIBRARIES}
         manifest = Manifest(
             name=spec.name,
             release=spec.release,
             task=plan.task,
             architecture=loaded.info["architecture"],
             source=Source(snapshot.uri, snapshot.revision, snapshot.licence, snapshot.files),
+            entry=plan.entry,
             signature=Signature.from_json(loaded.info["signature"]),
             positions=loaded.info["positions"],
             left_out=tuple(loaded.info["left_out"]),
             artifacts=tuple(candidate.artifact for candidate in made),
             files=(),
-            libraries={name: version(name) for name in sorted({*libraries, *LOAD_LIBRARIES, *PACKAGE_LIBRARIES})},
+            libraries=plan.libraries,
             python=platform.python_version(),
             compiler=compiler.__version__,
             steps={step.id: Made(step.key, step.inputs) for step in plan.steps},
@@ -263,7 +277,7 @@ class Build:
         support = [(snapshot.root, file) for file in snapshot.support]
         support += [(loaded.root, inside[path]) for path in loaded.info["support"]]
         artifacts = [(candidate.artifact, candidate.entry) for candidate in made]
-        content = (manifest, artifacts, support, loaded.root / SAMPLES, validation)
+        content = (manifest, artifacts, support, (loaded.root, inside[SAMPLES]), validation)
         reports = tuple(candidate.report for candidate in made)
         started = self._started(plan.package)
         with writing(self.context.output, "the output folder"), scratch(self.folder) as aside:
@@ -311,7 +325,10 @@ class Build:
             return self._entries[step.key]
         started = self._started(step)
         try:
-            entry, cached = self.context.store.get_or_make(step, make, use_cache=self.context.use_cache)
+            if (recalled := self._recalled.get(step.key)) is not None:
+                entry, cached = recalled, True
+            else:
+                entry, cached = self.context.store.get_or_make(step, make, use_cache=self.context.use_cache)
         except CompileError as error:
             self._tell(step.id, "stopped" if workers.stopped() else "failed", started)
             if str(error).startswith(step.stage) or isinstance(error, NumericsError):
@@ -367,13 +384,13 @@ def existing(target: Path) -> tuple[Manifest, tuple[Report, ...]] | None:
     return manifest, reports
 
 
-def planned(spec: ModelSpec, folder: Path, output: Path, store: Store) -> list[dict[str, str]]:
+def planned(plan: Plan, output: Path, store: Store) -> list[dict[str, str]]:
     """A model's steps as rows of `model`, `step`, `state` (`run`, `cached`, `current`, `blocked`, `refused`) and `why`.
 
     Raises:
         ReleaseError: a release of that version is there and is damaged.
     """
-    plan = make_plan(spec, resolve(spec, folder), folder)
+    spec = plan.spec
     target = output / spec.name / spec.release
     history = read_history(history_path(output, spec.name))
     rows = []
@@ -406,7 +423,7 @@ def planned(spec: ModelSpec, folder: Path, output: Path, store: Store) -> list[d
 def _verdict(plan: Plan, step: Step, store: Store) -> str:
     """Why a target of which it is known fails the build; empty when it does not."""
     target = next((target for target in plan.validates if step in (plan.exports[target], plan.validates[target])), None)
-    entry = store.look(step)
+    entry = store.look(step, hashed=False)
     if target is None or entry is None:
         return ""
     if step.stage == "export":

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -20,12 +20,13 @@ import click
 from click_default_group import DefaultGroup  # type: ignore[import-untyped]
 
 import compiler
-from compiler.errors import CompileError, NumericsError, SigningError
+from compiler.errors import CompileError, NumericsError, ReleaseError, SigningError
 
 if TYPE_CHECKING:
     from compiler.bench import Result
     from compiler.build import Release
     from compiler.manifest import Manifest
+    from compiler.plan import Plan
     from compiler.stages.publish import Published
     from compiler.types import Report
 
@@ -34,6 +35,10 @@ PASSWORD_VARIABLE = "COMPILE_SIGN_PASSWORD"  # noqa: S105
 json_option = click.option("--json", "as_json", is_flag=True, help="The result on stdout as JSON; progress stays on stderr.")
 cache_option = click.option(
     "--cache-dir", envvar=CACHE_VARIABLE, type=click.Path(path_type=Path), help=f"The stage cache (also {CACHE_VARIABLE})."
+)
+
+locked_option = click.option(
+    "--locked", is_flag=True, help="Refuse when anything is not as pipeline.lock, which builds write, records it."
 )
 
 
@@ -54,6 +59,7 @@ def cli() -> None:
 @click.option("--only", multiple=True, metavar="NAME", help="Build this model only; may be given again.")
 @click.option("--no-cache", is_flag=True, help="Run every step, and compare with a release that is there.")
 @click.option("--no-publish", is_flag=True, help="Build only; leave the registries of publish: alone.")
+@locked_option
 @click.option(
     "-j", "--jobs", type=click.IntRange(1, 64), default=3, show_default=True, help="Formats to work on side by side."
 )
@@ -66,6 +72,7 @@ def build(
     only: tuple[str, ...],
     no_cache: bool,
     no_publish: bool,
+    locked: bool,
     jobs: int,
     verbose: bool,
     cache_dir: Path | None,
@@ -74,6 +81,7 @@ def build(
     """Build the releases of PIPELINE (pipeline.yaml)."""
     from compiler.build import FOLDER, Context
     from compiler.config import read
+    from compiler.lock import lock_path
     from compiler.pipeline import build as run
     from compiler.pipeline import connect
     from compiler.pipeline import publish as run_publish
@@ -96,7 +104,7 @@ def build(
         releases = []
         published = []
         try:
-            for release in run(parsed, context, only):
+            for release in run(parsed, context, lock_path(pipeline), only, locked=locked):
                 releases.append(release)
             if not no_publish:
                 for done in run_publish(parsed, releases, context, only):
@@ -117,18 +125,25 @@ def build(
 @click.argument("pipeline", type=click.Path(path_type=Path), default=Path("pipeline.yaml"))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where releases go, instead of the pipeline's output:.")
 @click.option("--only", multiple=True, metavar="NAME", help="Plan this model only; may be given again.")
+@locked_option
 @cache_option
 @json_option
-def plan(pipeline: Path, output: Path | None, only: tuple[str, ...], cache_dir: Path | None, as_json: bool) -> None:
+def plan(
+    pipeline: Path, output: Path | None, only: tuple[str, ...], locked: bool, cache_dir: Path | None, as_json: bool
+) -> None:
     """List every step of PIPELINE: whether it would run or come from the cache, and why."""
     from compiler.build import planned
     from compiler.config import read
-    from compiler.pipeline import select
+    from compiler.lock import lock_path
+    from compiler.pipeline import locked_plans, plan_model, select
 
     parsed = read(pipeline)
     where = output if output is not None else pipeline.parent / parsed.output
     store = _store(cache_dir)
-    rows = [row for spec in select(parsed, only) for row in planned(spec, pipeline.parent, where, store)]
+    plans: Iterable[Plan] = (plan_model(spec, pipeline.parent) for spec in select(parsed, only))
+    if locked:
+        plans = locked_plans(parsed, pipeline.parent, lock_path(pipeline), only)
+    rows = [row for plan in plans for row in planned(plan, where, store)]
     if as_json:
         _print_json(rows)
         return
@@ -187,7 +202,12 @@ def inspect(release: Path, as_json: bool) -> None:
 @click.argument("release", type=click.Path(path_type=Path))
 @click.option("--key", type=click.Path(path_type=Path), help="Also check the signature, with this public key (PEM).")
 @click.option("--numerics", is_flag=True, help="Also reopen every artifact and repeat its checks.")
+@click.option("--rebuild", is_flag=True, help="Also build it again, without the cache, and compare every byte.")
+@click.option("--any-environment", is_flag=True, help="Rebuild also where libraries, CPU or compiler are others.")
 @click.option("--source", help="Where the checkpoint is now, if not where the manifest says: path:, package: or hf:.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), help="Where pipeline.yaml's relative paths start, if not here, nor two up."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own code, if the reference needs it.")
 @click.option("--allow-pickle", is_flag=True, help="Open the checkpoint's pickle, if its weights are one.")
 @cache_option
@@ -196,15 +216,24 @@ def verify(
     release: Path,
     key: Path | None,
     numerics: bool,
+    rebuild: bool,
+    any_environment: bool,
     source: str | None,
+    folder: Path | None,
     trust_remote_code: bool,
     allow_pickle: bool,
     cache_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Hash every file of RELEASE again; with --key, check its signature; with --numerics, repeat its checks."""
+    """Hash every file of RELEASE again; with --key, check its signature; with --numerics, repeat its checks against the
+    original; with --rebuild, build it again from what its manifest says, and compare every byte."""
     from compiler.progress import Display
     from compiler.verify import is_signed, read_release, verify_files, verify_numerics
+
+    if any_environment and not rebuild:
+        raise click.UsageError("--any-environment is for --rebuild")
+    if folder is not None and not (numerics or rebuild):
+        raise click.UsageError("--folder is for --numerics and --rebuild")
 
     manifest, reports = read_release(release)
     verify_files(release, manifest)
@@ -213,23 +242,49 @@ def verify(
 
         verify_signature(release, manifest, key)
     signed = is_signed(release)
+    options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    store = _store(cache_dir)
     if numerics:
-        options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
         with Display() as display:
-            reports = verify_numerics(release, manifest, _store(cache_dir), display.tell, source, options)
+            reports = verify_numerics(release, manifest, store, display.tell, source, options, folder)
     count = len(manifest.every_file)
+    if not as_json:
+        click.echo(f"{manifest.name} {manifest.release}: {count} files are what the manifest says")
+        if key is not None:
+            click.echo(f"{manifest.name} {manifest.release}: the signature is by {key} and covers every file")
+        elif signed:
+            click.echo(f"{manifest.name} {manifest.release}: is signed; the signature was not checked: give --key")
+        if numerics:
+            _table(manifest, reports, release)
+    if rebuild:
+        from compiler.manifest import MANIFEST
+        from compiler.rebuild import rebuild as run
+
+        try:
+            with Display() as display:
+                again = run(
+                    release, manifest, store.root, display.tell, source, folder, options, any_environment=any_environment
+                )
+        except ReleaseError as error:
+            for name in () if as_json else error.files:
+                click.echo(f"differs  {name}")
+            raise
+        if not as_json:
+            without = "" if MANIFEST in again else f"; {MANIFEST} records another environment and was not compared"
+            click.echo(f"{manifest.name} {manifest.release}: built again, {len(again)} files are the same bytes{without}")
     if as_json:
         checks = [_report_json(report) for report in reports] if numerics else []
-        signature = {"signed": signed, "signature_checked": key is not None}
-        _print_json({"release": str(release), "files": count, **signature, "numerics": numerics, "checks": checks})
-        return
-    click.echo(f"{manifest.name} {manifest.release}: {count} files are what the manifest says")
-    if key is not None:
-        click.echo(f"{manifest.name} {manifest.release}: the signature is by {key} and covers every file")
-    elif signed:
-        click.echo(f"{manifest.name} {manifest.release}: is signed; the signature was not checked: give --key")
-    if numerics:
-        _table(manifest, reports, release)
+        _print_json(
+            {
+                "release": str(release),
+                "files": count,
+                "signed": signed,
+                "signature_checked": key is not None,
+                "numerics": numerics,
+                "checks": checks,
+                "rebuild": rebuild,
+            }
+        )
 
 
 @cli.command(short_help="Sign a release with a local key.")
@@ -592,9 +647,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         text = " ".join(str(error).split())
         if "--json" in given:
             reports = getattr(error, "reports", ())
-            _print_json(
-                {"error": text, "kind": type(error).__name__, "artifacts": [_report_json(report) for report in reports]}
-            )
+            answer = {"error": text, "kind": type(error).__name__, "artifacts": [_report_json(report) for report in reports]}
+            if isinstance(error, ReleaseError) and error.files:
+                answer["files"] = list(error.files)
+            _print_json(answer)
         click.echo(f"error: {text}", err=True)
         code = 1
     except OSError as error:

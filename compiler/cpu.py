@@ -17,6 +17,9 @@ FAST_ON = {"fp32": ("avx512f", "avx2", "asimd"), "bf16": ("amx_bf16", "avx512_bf
 # Variables by which users cap the instructions, or change the arithmetic, of the libraries that compute here.
 VARIABLES = ("ATEN_CPU_CAPABILITY", "DNNL_", "MKL_", "ONEDNN_")
 
+# Variables that set how many threads a library uses. Workers run without them: what depends on it is pinned.
+THREADS = ("_NUM_THREADS", "_THREAD_LIMIT", "_DYNAMIC")
+
 
 def features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The architecture and the features, such as `x86_64 avx2 fma avx512f`; the architecture alone off Linux. Variables
@@ -33,5 +36,5 @@ def features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     }
     machine = platform.machine()
     known = FEATURES if machine in ("x86_64", "AMD64") else ARM_FEATURES
-    caps = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(VARIABLES))
-    return " ".join([machine, *(name for name in known if name in words), *caps])
+    caps = [name for name in sorted(os.environ) if name.startswith(VARIABLES) and not name.endswith(THREADS)]
+    return " ".join([machine, *(name for name in known if name in words), *(f"{name}={os.environ[name]}" for name in caps)])

@@ -27,6 +27,10 @@ class StageError(CompileError):
     """A stage of the build could not do its work."""
 
 
+class DamagedError(StageError):
+    """A file is not the one that was hashed."""
+
+
 class NumericsError(CompileError):
     """An artifact departs from the original model by more than its limits allow.
 
@@ -39,7 +43,18 @@ class NumericsError(CompileError):
 
 
 class ReleaseError(CompileError):
-    """A release on disk is damaged, or one that exists would be changed."""
+    """A release on disk is damaged, or one that exists would be changed.
+
+    `files` are those that are not what they should be, where they are known.
+    """
+
+    def __init__(self, message: str, files: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.files = files
+
+
+class LockError(CompileError):
+    """A pipeline's lock is missing or damaged, cannot be written, or records something else than is here."""
 
 
 class SigningError(CompileError):

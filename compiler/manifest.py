@@ -51,13 +51,15 @@ class Made:
 class Manifest:
     """`files` are all files of the release that belong to no artifact; `positions` is the longest sequence in tokens;
     `left_out` names parts of the architecture that the checkpoint has no weights for and the task does not need;
-    `key` is the cache key of the whole, which a rebuild compares."""
+    `entry` is the model's entry of pipeline.yaml, to build it again from; `key` is the cache key of the whole, which a
+    rebuild compares."""
 
     name: str
     release: str
     task: str
     architecture: str
     source: Source
+    entry: Mapping[str, Any]
     signature: Signature
     positions: int | None
     left_out: tuple[str, ...]

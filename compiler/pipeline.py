@@ -2,39 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from compiler import registries
 from compiler.build import Build, Context, Release
 from compiler.config import ModelSpec, Pipeline
-from compiler.errors import ConfigError
-from compiler.plan import make_plan
+from compiler.errors import ConfigError, DamagedError
+from compiler.lock import check_lock, read_lock, write_lock
+from compiler.plan import Plan, make_plan
 from compiler.sources import resolve
 from compiler.stages.publish import Published
 from compiler.stages.publish import publish as push
 
 
-def build(pipeline: Pipeline, context: Context, only: Sequence[str] = ()) -> Iterator[Release]:
-    """Build the models of a pipeline, or those named in `only`, one after the other; each is given as it is released.
+def build(
+    pipeline: Pipeline, context: Context, lock: Path, only: Sequence[str] = (), *, locked: bool = False
+) -> Iterator[Release]:
+    """Build the models of a pipeline, or those named in `only`, one after the other; each is given as it is released, and
+    then recorded in the lock. With `locked`, nothing is built unless all of it is as the lock records, which is not written.
 
     Raises:
         CompileError: a model cannot be built, or does not pass its gate; those before it are released.
+        LockError: the lock is damaged or cannot be written, or, with `locked`, missing or another.
     """
-    for spec in select(pipeline, only):
-        yield build_model(spec, context)
+    specs = select(pipeline, only)
+    read_lock(lock)  # a damaged one is told before anything is built
+    plans: Iterable[Plan] = (plan_model(spec, context.folder) for spec in specs)
+    if locked:
+        plans = locked_plans(pipeline, context.folder, lock, only)
+    for plan in plans:
+        yield build_model(plan, context)
+        if not locked:
+            write_lock(lock, [plan])
+    if not locked and not only:
+        write_lock(lock, [], keep={str(spec) for spec in specs})
 
 
-def build_model(spec: ModelSpec, context: Context) -> Release:
+def build_model(plan: Plan, context: Context) -> Release:
     """Load, export, validate and package one model. Each step comes from the cache where nothing that shapes it changed."""
-    snapshot = resolve(spec, context.folder)
-    plan = make_plan(spec, snapshot, context.folder)
     with Build.alone(plan, context) as build:
         if current := build.current():
             return current
-        reference = build.load()
-        made = build.side_by_side(lambda target: build.validate(target, build.export(target), reference))
-        build.gate(made)
-        return build.package(reference, made)
+        if build.recall():
+            with contextlib.suppress(DamagedError):
+                return _release(build)
+            build.forget()
+        return _release(build)
+
+
+def _release(build: Build) -> Release:
+    reference = build.load()
+    made = build.side_by_side(lambda target: build.validate(target, build.export(target), reference))
+    build.gate(made)
+    return build.package(reference, made)
+
+
+def plan_model(spec: ModelSpec, folder: Path) -> Plan:
+    """Every step of a model, its checkpoint found and hashed. `folder` is what a pipeline's relative paths start from."""
+    return make_plan(spec, resolve(spec, folder), folder)
+
+
+def locked_plans(pipeline: Pipeline, folder: Path, lock: Path, only: Sequence[str]) -> list[Plan]:
+    """The plans of a pipeline's models, all as its lock records them. Raises LockError when one is not."""
+    plans = [plan_model(spec, folder) for spec in select(pipeline, only)]
+    check_lock(lock, plans, whole=not only)
+    return plans
 
 
 def publish(

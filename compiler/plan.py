@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import compiler
 from compiler import cpu
@@ -41,15 +43,28 @@ LOAD_LIBRARIES = (
 )
 # What writes the bill of materials and the provenance.
 PACKAGE_LIBRARIES = ("cyclonedx-python-lib", "in-toto-attestation", "packageurl-python", "protobuf", "py-serializable")
-# Modules of ours that talk to the user or to registries, and shape no byte of a release.
-TALK = ("__main__.py", "bench.py", "cli.py", "init.py", "progress.py", "signing.py", "stages/publish.py")
+# Modules of ours that shape no byte of a release: they talk to the user, or come before or after the build.
+TALK = (
+    "__main__.py",
+    "bench.py",
+    "cli.py",
+    "init.py",
+    "lock.py",
+    "progress.py",
+    "rebuild.py",
+    "registries/",
+    "signing.py",
+    "stages/publish.py",
+)
+# How a step's inputs name the hash of a backend's module.
+CODE_OF = "code of "
 # Files of a checkpoint that travel with a release but that no computation reads.
 DOCUMENTS = (".md", "LICENSE", "NOTICE")
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The lines of a data file, parsed for the task. `name` is what the manifest calls it."""
+    """The lines of a data file, parsed for the task. `name` is what the manifest calls it, `sha256` the file's (hex)."""
 
     name: str
     sha256: str
@@ -79,6 +94,41 @@ class Plan:
                 yield self.validates[target]
         yield self.package
 
+    @property
+    def libraries(self) -> dict[str, str]:
+        """The version of every distribution that shapes the release."""
+        formats = {name for target in self.exports for name in BACKENDS[target.format].LIBRARIES}
+        names = {*LOAD_LIBRARIES, *PACKAGE_LIBRARIES, *formats}
+        return {name: version(name) for name in sorted(names)}
+
+    @property
+    def code(self) -> dict[str, str]:
+        """The hashes (sha256, hex) of our own code that shapes the release: of the stages, and of each backend."""
+        backends = {target.format: step.inputs[f"{CODE_OF}{target.format}"] for target, step in self.exports.items()}
+        return {"stages": self.load.inputs["code"], **backends}
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The model's entry of pipeline.yaml with what was inferred filled in, to build it again from. What shapes no byte
+        is left out, and so are the permissions (`allow_pickle`, `trust_remote_code`), which are for each user to give."""
+        spec = self.spec
+        named = spec.data.validation
+        entry: dict[str, Any] = {
+            "name": spec.name,
+            "release": spec.release,
+            "source": self.snapshot.uri,
+            "task": self.task,
+            "shapes": spec.shapes.model_dump(mode="json", exclude_none=True),
+            "targets": spec.targets.model_dump(mode="json", exclude_none=True),
+            "budget": {
+                precision: spec.budget.limits(precision).model_dump(mode="json", exclude_none=True)
+                for precision in sorted({target.precision for target in self.validates})
+            },
+        }
+        if named is not None:
+            entry["data"] = {"validation": {"path": _portable(named.path)}}
+        return entry
+
     def source_of(self, target: Target) -> Target | None:
         """The target from whose files this one is made."""
         precision = BACKENDS[target.format].PRECISIONS[target.precision]
@@ -101,7 +151,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
     def step(stage: str, target: str, inputs: Mapping[str, str], libraries: Iterable[str], backend: str = "") -> Step:
         used = {name: version(name) for name in libraries} | {"code": _code()}
         if backend:
-            used[f"code of {backend}"] = file_sha256(PACKAGE / "backends" / f"{backend}.py")
+            used[f"{CODE_OF}{backend}"] = file_sha256(PACKAGE / "backends" / f"{backend}.py")
         return Step(str(spec), stage, target, dict(sorted({**inputs, **used}.items())))
 
     load = step(
@@ -160,6 +210,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             **{f"source {file.path}": file.sha256 for file in snapshot.files},
             **{f"step {made.id}": made.key for made in (load, *exports.values(), *validates.values())},
             "compiler": compiler.__version__,
+            "data file": "built-in" if spec.data.validation is None else _portable(spec.data.validation.path),
             "name": spec.name,
             "python": platform.python_version(),
             "release": spec.release,
@@ -177,7 +228,8 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
     path = BUILTIN_TEXT if named is None else folder / named.path
     name = "built-in" if named is None else Path(named.path).name
     try:
-        content = path.read_text(encoding="utf-8")
+        read = path.read_bytes()
+        content = read.decode("utf-8")
     except OSError as error:
         raise ConfigError(f"data.validation: {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -189,7 +241,12 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
         raise ConfigError(f"data.validation: {path}: holds no line; give one JSON object a line")
     if len({len(line) for line in lines}) > 1:
         raise ConfigError(f"data.validation: {path}: some lines have a text_pair and some have none; give all of them one")
-    return Texts(name, digest([list(line) for line in lines]), lines)
+    return Texts(name, hashlib.sha256(read).hexdigest(), lines)
+
+
+def _portable(path: str) -> str:
+    """A data file's path as it was written; of an absolute one the name: a release does not tell where it was made."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 @functools.cache
@@ -209,7 +266,7 @@ def version(distribution: str) -> str:
 def _code() -> str:
     """The hash of our own modules that shape a release, but for the backends: a version that raises itself."""
     modules = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-    shaping = [name for name in modules if name not in TALK and not name.startswith(("backends/", "registries/"))]
+    shaping = [name for name in modules if not name.startswith((*TALK, "backends/"))]
     return digest([[file.path, file.sha256] for file in hash_files(PACKAGE, shaping)])
 
 

@@ -19,20 +19,6 @@ PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = f"pkg:pypi/{DISTRIBUTION}#build-v1"
 
 
-def parameters(manifest: Manifest) -> dict[str, Any]:
-    """What a user asked for, as far as the manifest knows it."""
-    return {
-        "name": manifest.name,
-        "release": manifest.release,
-        "source": manifest.source.uri,
-        "targets": [
-            {"format": artifact.format, "precision": artifact.precision, "opset": artifact.opset}
-            for artifact in manifest.artifacts
-        ],
-        "task": manifest.task,
-    }
-
-
 def provenance(manifest: Manifest, validation: Mapping[str, Any], entry: Mapping[str, Any]) -> bytes:
     """The content of provenance.json.
 

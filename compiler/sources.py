@@ -49,8 +49,9 @@ def resolve(spec: ModelSpec, folder: Path) -> Snapshot:
     """
     kind, _, rest = spec.source.partition(":")
     uri, revision = spec.source, None
+    known: dict[str, File] = {}
     if kind == "hf":
-        root, revision = _download(spec, rest)
+        root, revision, known = _download(spec, rest)
         uri = f"hf:{rest.partition('@')[0]}@{revision}"
     elif kind == "package":
         root = _package_folder(rest)
@@ -71,7 +72,9 @@ def resolve(spec: ModelSpec, folder: Path) -> Snapshot:
     for name in weights + support:
         _inside(root, name)
     try:
-        files = {file.path: file for file in hash_files(root, weights + support)}
+        wanted = [name for name in weights + support if name not in known]
+        files = {file.path: file for file in hash_files(root, wanted)}
+        files |= {name: known[name] for name in weights + support if name in known}
     except OSError as error:
         raise SourceError(f"{error.filename}: cannot be read ({error.strerror})") from error
     _check_pins(spec, files)
@@ -266,8 +269,9 @@ def _package_folder(rest: str) -> Path:
     raise SourceError(f"package:{rest}: package {package} has no folder {inner!r}")
 
 
-def _download(spec: ModelSpec, rest: str) -> tuple[Path, str]:
-    """Fetch a hub's checkpoint into the hub's own cache: its folder, and the commit that the revision stands for."""
+def _download(spec: ModelSpec, rest: str) -> tuple[Path, str, dict[str, File]]:
+    """Fetch a hub's checkpoint into the hub's own cache: its folder, the commit that the revision stands for, and its files,
+    hashed."""
     repo, _, revision = rest.partition("@")
     revision = revision or spec.revision or "main"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -288,9 +292,9 @@ def _download(spec: ModelSpec, rest: str) -> tuple[Path, str]:
         weights, support = _select(names, lambda name: _read_json(fetch(name), name), spec)
         patterns = [glob.escape(name) for name in weights + support]
         root = Path(snapshot_download(repo, revision=commit, allow_patterns=patterns))
-        files = {file.path: file.sha256 for file in hash_files(root, weights + support)}
-        _whole(root).write_bytes(canonical(files))
-        return root, commit
+        files = {file.path: file for file in hash_files(root, weights + support)}
+        _whole(root).write_bytes(canonical({name: file.sha256 for name, file in files.items()}))
+        return root, commit, files
     except SourceError:
         raise
     except HFValidationError as error:
@@ -301,8 +305,9 @@ def _download(spec: ModelSpec, rest: str) -> tuple[Path, str]:
             with contextlib.suppress(Exception):
                 root = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / revision
                 fetched = json.loads(_whole(root).read_bytes())
-                if {file.path: file.sha256 for file in hash_files(root, fetched)} == fetched:
-                    return root, revision
+                files = {file.path: file for file in hash_files(root, fetched)}
+                if {name: file.sha256 for name, file in files.items()} == fetched:
+                    return root, revision, files
         _fail(repo, revision, error)
 
 

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from compiler import workers
 from compiler.errors import CompileError, StageError
-from compiler.hashing import canonical, digest, hash_folder, sync
+from compiler.hashing import canonical, digest, hash_folder, list_files, sync
 from compiler.types import File
 
 ENTRY = "entry.json"
@@ -78,8 +78,9 @@ class Store:
         """Whether an entry is there; it is not opened."""
         return (self.path(step) / ENTRY).is_file()
 
-    def look(self, step: Step) -> Entry | None:
-        """The entry, re-hashed; None when there is none, or it is damaged: the next to make it replaces it."""
+    def look(self, step: Step, *, hashed: bool = True) -> Entry | None:
+        """The entry, re-hashed; None when there is none, or it is damaged: the next to make it replaces it. Without
+        `hashed`, of its files only the names and sizes are looked at: for whoever hashes them while copying."""
         path = self.path(step)
         try:
             stored = json.loads((path / ENTRY).read_text(encoding="utf-8"))
@@ -87,7 +88,7 @@ class Store:
             if not (
                 stored["inputs"] == dict(step.inputs)
                 and stored["digest"] == digest({name: stored[name] for name in ("files", "info", "inputs")})
-                and tuple(file for file in hash_folder(path) if file.path != ENTRY) == files
+                and (_hashed(path) == files if hashed else _sizes(path) == {file.path: file.size for file in files})
             ):
                 return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -128,6 +129,14 @@ class Store:
             if shutil.disk_usage(aside).free < FULL_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
             raise
+
+
+def _hashed(path: Path) -> tuple[File, ...]:
+    return tuple(file for file in hash_folder(path) if file.path != ENTRY)
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    return {name: os.stat(path / name).st_size for name in list_files(path) if name != ENTRY}
 
 
 @contextlib.contextmanager

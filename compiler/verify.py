@@ -193,6 +193,7 @@ def verify_numerics(
     tell: Callable[[Event], None],
     source: str | None,
     options: Mapping[str, bool],
+    folder: Path | None = None,
 ) -> tuple[Report, ...]:
     """Open every artifact of a release in its runtime again and hold it against the original, under the recorded limits.
 
@@ -202,6 +203,7 @@ def verify_numerics(
     Args:
         source: where the checkpoint is now, when it is not where the manifest says.
         options: `trust_remote_code` and `allow_pickle`, when the checkpoint needs them.
+        folder: what the manifest's relative paths start from, when that is neither this folder nor the pipeline's.
 
     Raises:
         NumericsError: an artifact does not pass.
@@ -226,7 +228,7 @@ def verify_numerics(
         if cached is not None and source is None:
             reference = cached.root / REFERENCE
         else:
-            snapshot = find_original(path, manifest, source, options)
+            snapshot = find_original(path, manifest, source, options, folder)
             arguments = (aside, snapshot, manifest.task, path / SAMPLES, known, options)
             timed("load", lambda: workers.run(reference_again, *arguments, log=log))
             reference = aside / REFERENCE
@@ -261,14 +263,25 @@ def _spec(**keys: Any) -> ModelSpec:
         raise ConfigError(f"--source {keys['source']}: {detail['msg']}") from error
 
 
-def find_original(path: Path, manifest: Manifest, source: str | None, options: Mapping[str, bool]) -> Snapshot:
-    """The checkpoint that a release was made from, found again and compared file by file."""
+def homes(path: Path, folder: Path | None = None) -> list[Path]:
+    """Where a release's relative paths may start from: a folder that the user names, or else this one and the pipeline's
+    own, which by default holds the folder of the releases."""
+    if folder is not None:
+        return [folder]
+    return [Path(), *([path.absolute().parents[2]] if len(path.absolute().parents) > 2 else [])]
+
+
+def find_original(
+    path: Path, manifest: Manifest, source: str | None, options: Mapping[str, bool], folder: Path | None = None
+) -> Snapshot:
+    """The checkpoint that a release was made from, found again and compared file by file. `folder` is the pipeline's, when
+    it is not one of `homes`."""
     uri = source or manifest.source.uri
     if not re.match(r"(path|package|hf):", uri):
         uri = f"path:{uri}"
-    # A pipeline's paths start from its own folder, which by default holds the folder of the releases.
-    folders = [Path(), *([path.absolute().parents[2]] if len(path.absolute().parents) > 2 else [])]
-    folder = next((folder for folder in folders if (folder / uri.partition(":")[2]).exists()), Path())
+    places = homes(path, folder)
+    # What a user names on the command line is relative to where they are.
+    home = next((home for home in places if (home / uri.partition(":")[2]).exists()), Path())
     pins = {file.path: file.sha256 for file in manifest.source.files}
     spec = _spec(
         name=manifest.name,
@@ -280,7 +293,7 @@ def find_original(path: Path, manifest: Manifest, source: str | None, options: M
         targets=Targets(onnx=OnnxTargets(precisions=("fp32",))),
     )
     try:
-        snapshot = resolve(spec, folder)
+        snapshot = resolve(spec, home)
     except SourceError as error:
         text = str(error).replace("set allow_pickle: true", "give --allow-pickle")
         if "pinned" in text:

@@ -17,10 +17,11 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from compiler import cpu
 from compiler.errors import CompileError, StageError
 
 T = TypeVar("T")
@@ -156,8 +157,14 @@ def _die_with_parent() -> None:
 @contextlib.contextmanager
 def _environment(folder: Path) -> Iterator[None]:
     """Settings that libraries read when they are imported: nothing phones home, no bars, no advice. What a checkpoint's own
-    code makes transformers write goes below `folder`."""
-    settings = {
+    code makes transformers write goes below `folder`. What of a user's settings would shape a result is pinned: the order
+    of sets, the locale, whether torch traces, and the number of threads, which `THREADS` and `LOAD_THREADS` say."""
+    threads = {name: None for name in os.environ if name.endswith(cpu.THREADS)}
+    settings: dict[str, str | None] = {
+        **threads,
+        "LC_ALL": "C.UTF-8",
+        "PYTHONHASHSEED": "0",
+        "PYTORCH_JIT": "1",
         "HF_MODULES_CACHE": str(folder.absolute() / MODULES),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -167,15 +174,20 @@ def _environment(folder: Path) -> Iterator[None]:
         "DO_NOT_TRACK": "1",
     }
     before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
+    _set(settings)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    """Set environment variables, and unset those that are None."""
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -147,24 +148,6 @@ def test_why_names_a_library(tmp_path: Path) -> None:
     assert why(step, None, Store(tmp_path)) == "never built here"
 
 
-def test_same_bytes_twice(command: Command, tmp_path: Path, bert: Path) -> None:
-    """Another folder, another hash seed, a cold cache: the same release to the last byte."""
-    manifests = []
-    for name in ("one", "two"):
-        folder = tmp_path / name
-        folder.mkdir()
-        shutil.copytree(bert, folder / "checkpoint")
-        pipeline = write_pipeline(folder, "path:checkpoint", targets=ALL_TARGETS)
-        environment = {"PYTHONHASHSEED": "1" if name == "one" else "2", "TZ": "Asia/Tokyo" if name == "one" else "UTC"}
-        result = command(pipeline, cache=folder / "cache", environment=environment)
-        assert result.returncode == 0, result.stderr
-        release = folder / "artifacts/tiny/1.0.0"
-        manifests.append((release / "manifest.json").read_text())
-        for path in release.rglob("*"):
-            assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
-    assert manifests[0] == manifests[1]
-
-
 def test_no_cache_compares_with_the_release(command: Command, tmp_path: Path, bert: Path) -> None:
     pipeline = write_pipeline(tmp_path, bert)
     assert command(pipeline).returncode == 0
@@ -213,6 +196,7 @@ def test_damaged_cache_is_rebuilt(command: Command, tmp_path: Path, bert: Path) 
     assert again.returncode == 0
     assert re.search(r"export torchscript fp32 +done", again.stderr)
     assert re.search(r"load +cached", again.stderr)
+    assert re.search(r"package +stopped .* the cache is damaged", again.stderr)
     assert (tmp_path / "artifacts/tiny/1.0.0/manifest.json").read_bytes() == good
 
 
@@ -464,3 +448,52 @@ def test_inspect_says_what_was_fused_and_where_it_is_fast(command: Command, tmp_
     assert "  fused    Attention 2, BiasGelu 2, Gemm 4, LayerNormalization 5, padding_free 2\n" in shown
     assert shown.count("  fused    Gelu 2, MVN 5, ScaledDotProductAttention 2, padding_free 2\n") == 2
     assert "  fast on  a CPU with amx_bf16, avx512_bf16 or bf16\n" in shown
+
+
+COUNTING = """
+import os
+if log := os.environ.get("HASH_LOG"):
+    from compiler import hashing
+
+    def counted(work):
+        def wrapper(path, *more):
+            with open(log, "a") as stream:
+                stream.write(os.path.realpath(path) + "\\n")
+            return work(path, *more)
+        return wrapper
+
+    hashing.file_sha256, hashing.copy = counted(hashing.file_sha256), counted(hashing.copy)
+"""
+
+
+def test_how_often_a_file_is_read_to_be_hashed(command: Command, tmp_path: Path, bert: Path) -> None:
+    """Once, and once more for each guard: after a job has read the checkpoint, and on the way into the release."""
+    shutil.copytree(bert, tmp_path / "checkpoint")
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(COUNTING)  # Python imports it, in the workers too
+    pipeline = write_pipeline(tmp_path, "path:checkpoint")
+    paths = os.pathsep.join([str(tmp_path / "hook"), str(Path(__file__).parents[1])])
+
+    def counts(*arguments: object) -> Counter[str]:
+        """How often each file was hashed, by what the file is."""
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        environment = {"HASH_LOG": str(log), "PYTHONPATH": paths}
+        result = command(*arguments, pipeline, cache=tmp_path / "cache", environment=environment)
+        assert result.returncode == 0, result.stderr
+        found = [Path(line) for line in log.read_text().splitlines()]
+        own = [path for path in found if path.is_relative_to(tmp_path) and path.name != "text.jsonl"]
+        return Counter(f"{path.relative_to(tmp_path).parts[0]} {path.name}" for path in own)
+
+    cold = counts("build")
+    assert cold["checkpoint model.safetensors"] == 1 + 2  # after each of two jobs that loaded it
+    assert cold["checkpoint config.json"] == 1 + 2 + 1  # and copied
+    assert cold["cache model.pt"] == 1 + 1
+    assert cold["cache reference.safetensors"] == 1
+    assert set(counts("build").values()) == {1}  # the checkpoint and the release
+    assert {name.split()[0] for name in counts("plan")} == {"checkpoint", "artifacts"}
+    shutil.rmtree(tmp_path / "artifacts")
+    warm = counts("build")
+    assert warm["cache model.pt"] == 1
+    assert warm["checkpoint model.safetensors"] == 1
+    assert warm["cache reference.safetensors"] == 0

@@ -60,3 +60,13 @@ def test_the_order_does_not_follow_the_file(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_here() -> None:
     assert features().split()[0] == platform.machine()
+
+
+def test_the_number_of_threads_is_no_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is pinned, so it must not make another release; what caps the instructions does."""
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    before = features()
+    assert before.endswith(" MKL_CBWR=COMPATIBLE")
+    for name in ("MKL_NUM_THREADS", "MKL_DOMAIN_NUM_THREADS", "MKL_DYNAMIC"):
+        monkeypatch.setenv(name, "1")
+    assert features() == before

@@ -26,6 +26,7 @@ def manifest() -> Manifest:
         task="feature-extraction",
         architecture="BertModel",
         source=Source("path:checkpoint", None, "apache-2.0", (File("model.safetensors", A, 10),)),
+        entry={"name": "tiny", "release": "1.0.0"},
         signature=Signature(
             (Tensor("input_ids", "int64", ("batch", "sequence")),),
             (Tensor("last_hidden_state", "float32", ("batch", "sequence", 32)),),

@@ -16,7 +16,7 @@ from in_toto_attestation.v1.statement_pb2 import Statement as Message
 import compiler
 from compiler.hashing import canonical, hash_file, list_files
 from compiler.manifest import MANIFEST, SUMS, Manifest, Source
-from compiler.provenance import BUILD_TYPE, PROVENANCE, parameters, provenance
+from compiler.provenance import BUILD_TYPE, PROVENANCE, provenance
 from tests.stages.test_package import VALIDATED, Parts
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -31,7 +31,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 
 def made(manifest: Manifest) -> dict[str, Any]:
-    content = provenance(manifest, VALIDATED, parameters(manifest))
+    content = provenance(manifest, VALIDATED, manifest.entry)
     document: dict[str, Any] = json.loads(content)
     assert canonical(document) == content
     return document
@@ -50,13 +50,8 @@ def test_it_is_a_statement_of_slsa_provenance(manifest: Manifest) -> None:
 
 
 def test_what_was_asked_for(manifest: Manifest) -> None:
-    assert made(manifest)["predicate"]["buildDefinition"]["externalParameters"] == {
-        "name": "tiny",
-        "release": "1.0.0",
-        "source": f"hf:org/my model@{COMMIT}",
-        "task": "text-classification",
-        "targets": [{"format": "onnx", "precision": "fp32", "opset": 18}],
-    }
+    assert manifest.entry
+    assert made(manifest)["predicate"]["buildDefinition"]["externalParameters"] == manifest.entry
 
 
 def test_what_it_was_made_from(manifest: Manifest) -> None:

@@ -95,6 +95,21 @@ class TestResults:
         assert os.environ["HF_HUB_OFFLINE"] == "0"
         assert "DO_NOT_TRACK" not in os.environ
 
+    def test_what_would_shape_a_result_is_pinned(self, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        own = {"OMP_NUM_THREADS": "7", "MKL_DYNAMIC": "TRUE", "PYTHONHASHSEED": "3", "LC_ALL": "C", "PYTORCH_JIT": "0"}
+        for name, value in own.items():
+            monkeypatch.setenv(name, value)
+        with workers._environment(log.parent):
+            pinned = {name: os.environ.get(name) for name in own}
+        assert pinned == {
+            "OMP_NUM_THREADS": None,
+            "MKL_DYNAMIC": None,
+            "PYTHONHASHSEED": "0",
+            "LC_ALL": "C.UTF-8",
+            "PYTORCH_JIT": "1",
+        }
+        assert {name: os.environ[name] for name in own} == own
+
 
 class TestErrors:
     @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir
 
-LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+LIBRARIES = ("torch", "transformers", "sympy", "onnx", "onnx-ir", "ml-dtypes", "onnxscript", "onnxruntime", "numpy")
 PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None}
 FUSIONS = ("padding_free",)
 # Operators that stand for what would else be several.

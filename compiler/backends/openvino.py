@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import openvino
 
-LIBRARIES = ("torch", "transformers", "openvino", "numpy")
+LIBRARIES = ("torch", "transformers", "sympy", "openvino", "numpy")
 # bf16 is the fp32 graph with its weights rounded: a second trace would cost seconds and round the norms as well.
 PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None, "bf16": "fp32"}
 FUSIONS = ("padding_free",)

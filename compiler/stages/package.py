@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from compiler.bom import BOM, bom
-from compiler.errors import StageError
+from compiler.errors import DamagedError, StageError
 from compiler.hashing import canonical, copy, sync_folder
 from compiler.manifest import MANIFEST, SAMPLES, SUMS, VALIDATION, Manifest, portable, sums, to_bytes
-from compiler.provenance import PROVENANCE, parameters, provenance
+from compiler.provenance import PROVENANCE, provenance
 from compiler.store import Entry, write_file, writing
 from compiler.types import Artifact, File
 
@@ -25,7 +25,7 @@ def package(
     manifest: Manifest,
     artifacts: Sequence[tuple[Artifact, Entry]],
     support: Sequence[tuple[Path, File]],
-    samples: Path,
+    samples: tuple[Path, File],
     validation: Mapping[str, Any],
 ) -> Manifest:
     """Assemble a release in `aside` and rename it to `target`. Every byte is hashed as it is copied.
@@ -34,16 +34,16 @@ def package(
         manifest: complete but for `files`, which grows from what is written here.
         artifacts: each with the cache entry that holds its files.
         support: the checkpoint's own files, each as (folder it is in, file).
-        samples: the tokenized samples, so that the checks can be repeated without the text.
+        samples: the tokenized samples, so that the checks can be repeated without the text, as a file of `support` is.
         validation: the content of validation.json.
 
     Raises:
-        StageError: a file is not the one that was validated, or the disk is full or cannot be written.
+        DamagedError: a file is not the one that was validated.
+        StageError: the disk is full or cannot be written.
     """
     with writing(target.parent, "packaging"):
-        parts: list[tuple[Path, str, File | None]] = [(samples, SAMPLES, None)]
+        parts = [(samples[0] / samples[1].path, SAMPLES, samples[1])]
         parts += [(folder / file.path, file.path.removeprefix("support/"), file) for folder, file in support]
-        made: list[tuple[Path, str, File | None]]
         made = [(entry.root / file.path, file.path, file) for artifact, entry in artifacts for file in artifact.files]
         with ThreadPoolExecutor() as pool:
             written = list(pool.map(lambda part: _put(aside, *part), [*made, *parts]))
@@ -52,7 +52,7 @@ def package(
         whole = replace(manifest, files=tuple(sorted(files)))
         files.append(_write(aside, BOM, bom(whole, validation)))
         whole = replace(manifest, files=tuple(sorted(files)))
-        files.append(_write(aside, PROVENANCE, provenance(whole, validation, parameters(whole))))
+        files.append(_write(aside, PROVENANCE, provenance(whole, validation, whole.entry)))
         whole = replace(manifest, files=tuple(sorted(files)))
         _write(aside, MANIFEST, content := to_bytes(whole))
         _write(aside, SUMS, sums(whole, content))
@@ -62,14 +62,14 @@ def package(
     return whole
 
 
-def _put(aside: Path, source: Path, path: str, expected: File | None) -> File:
+def _put(aside: Path, source: Path, path: str, expected: File) -> File:
     """Copy a file into the release as `path`, and make sure that it is the one that was hashed before."""
     if not portable(path):
         raise StageError(f"packaging: {source.parent}: {path!r} cannot be a name in a release; rename the file")
     (aside / path).parent.mkdir(parents=True, exist_ok=True)
     written = replace(copy(source, aside / path), path=path)
-    if expected is not None and (written.sha256, written.size) != (expected.sha256, expected.size):
-        raise StageError(f"packaging: {source}: changed while the build ran; build again")
+    if (written.sha256, written.size) != (expected.sha256, expected.size):
+        raise DamagedError(f"packaging: {source}: changed while the build ran; build again")
     return written
 
 

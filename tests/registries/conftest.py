@@ -60,6 +60,7 @@ def manifest_of(
         task="feature-extraction",
         architecture="BertModel",
         source=Source("path:checkpoint", None, "apache-2.0", (File("model.safetensors", "0" * 64, 4),)),
+        entry={"name": name, "release": release},
         signature=Signature(
             (Tensor("input_ids", "int64", ("batch", "sequence")),),
             (Tensor("last_hidden_state", "float32", ("batch", "sequence", 32)),),

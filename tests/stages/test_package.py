@@ -70,6 +70,7 @@ class Parts:
             task="text-classification",
             architecture="BertForSequenceClassification",
             source=Source("path:checkpoint", None, None, tuple(file for _, file in self.support[:3])),
+            entry={"name": "tiny", "release": "1.0.0"},
             signature=Signature((Tensor("input_ids", "int64", ("batch", "sequence")),), (tensor,)),
             positions=64,
             left_out=(),
@@ -84,7 +85,7 @@ class Parts:
 
     def package(self, validation: dict[str, Any] = VALIDATED) -> Manifest:
         with scratch(self.output) as aside:
-            samples = self.cache / "load" / "samples.safetensors"
+            samples = (self.cache / "load", hash_file(self.cache / "load", "samples.safetensors"))
             made = [(self.artifact, self.entry)]
             return package(aside, self.target, self.manifest(), made, self.support, samples, validation)
 

@@ -1,0 +1,134 @@
+"""Rebuild: does a release come out again, to the byte, from what its manifest says that it was made from?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from compiler.build import FOLDER, Context
+from compiler.config import ModelSpec
+from compiler.errors import CompileError, ConfigError, ReleaseError, SourceError
+from compiler.hashing import file_sha256
+from compiler.manifest import MANIFEST, Manifest, differences
+from compiler.pipeline import build_model
+from compiler.plan import Plan, make_plan
+from compiler.store import Store, remove, scratch, writing
+from compiler.types import Event
+from compiler.verify import find_original, homes
+
+# Where a rebuild that failed leaves its log, and what did not pass, below the cache.
+KEPT = "rebuild"
+
+
+def rebuild(
+    path: Path,
+    manifest: Manifest,
+    work: Path,
+    tell: Callable[[Event], None],
+    source: str | None,
+    folder: Path | None,
+    options: Mapping[str, bool],
+    *,
+    any_environment: bool = False,
+) -> tuple[str, ...]:
+    """Build a release again with an empty cache, below `work`, and compare every file; returns their names. In another
+    environment its manifest, which records that, is left out.
+
+    Args:
+        source: where the checkpoint is now, when it is not where the manifest says.
+        folder: what the manifest's relative paths start from, when that is neither this folder nor the pipeline's.
+        options: `trust_remote_code` and `allow_pickle`, when the checkpoint needs them.
+        any_environment: rebuild also where the libraries, the CPU or the compiler are not those that made the release.
+
+    Raises:
+        SourceError, ConfigError: the checkpoint or the validation text is not there, or is another.
+        ReleaseError: files come out different, which it names; or the environment is another one.
+    """
+    plan = plan_again(path, manifest, source, folder, options)
+    environment = _environment(manifest, plan)
+    if environment and not any_environment:
+        more = f" and {len(environment) - 3} more" if len(environment) > 3 else ""
+        raise ReleaseError(
+            f"{path}: was made in another environment ({', '.join(environment[:3])}{more}), so other bytes are to be "
+            "expected; rebuild it where all is as recorded, or give --any-environment"
+        )
+    with writing(work, "the cache"), scratch(work) as aside:
+        context = Context(Path(), aside / "output", Store(aside / "cache"), tell)
+        try:
+            made = build_model(plan, context).manifest
+        except CompileError as error:
+            remove(work / KEPT)
+            shutil.move(context.output / FOLDER, work / KEPT)
+            raise _moved(error, str(context.output / FOLDER), str(work / KEPT)) from error
+    before = {file.path: file.sha256 for file in manifest.every_file}
+    after = {file.path: file.sha256 for file in made.every_file}
+    if not environment:
+        before[MANIFEST], after[MANIFEST] = manifest.identity, made.identity
+    changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    if changed:
+        raise ReleaseError(
+            f"{path}: {len(changed)} of {len({*before, *after})} files come out different when it is built again; it is not "
+            "what its manifest says that it was made from, or this machine computes differently",
+            tuple(changed),
+        )
+    return tuple(sorted(before))
+
+
+def plan_again(path: Path, manifest: Manifest, source: str | None, folder: Path | None, options: Mapping[str, bool]) -> Plan:
+    """The plan of a build that would make a release again. Raises as `rebuild` does."""
+    load = manifest.steps.get("load")
+    recorded = load.inputs if load else {}
+    if recorded.get("trust_remote_code") == str(True) and not options["trust_remote_code"]:
+        raise SourceError(f"{path}: was built with the checkpoint's own code; read that code, then give --trust-remote-code")
+    try:
+        spec = ModelSpec.model_validate({**manifest.entry, **options})
+    except ValidationError as error:
+        detail = error.errors()[0]
+        place = ".".join(map(str, detail["loc"]))
+        raise ReleaseError(f"{path}: this version cannot build its entry again: {place}: {detail['msg']}") from error
+    found = find_original(path, manifest, source, options, folder)
+    snapshot = replace(found, uri=manifest.source.uri, revision=manifest.source.revision)
+    return make_plan(spec, snapshot, _data_folder(path, spec, recorded.get("data"), folder))
+
+
+def _data_folder(path: Path, spec: ModelSpec, sha256: str | None, folder: Path | None) -> Path:
+    """The folder from which the validation text is the one that is recorded."""
+    if (named := spec.data.validation) is None:
+        return Path()
+    there = [home for home in homes(path, folder) if (home / named.path).is_file()]
+    if not there:
+        raise ConfigError(f"{named.path}: the validation text is not there; give --folder, where pipeline.yaml is")
+    for home in there:
+        try:
+            if file_sha256(home / named.path) == sha256:
+                return home
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    raise ConfigError(
+        f"{os.path.normpath(there[0] / named.path)}: is not the validation text that this release was made with; give "
+        "--folder, where that is"
+    )
+
+
+def _environment(manifest: Manifest, plan: Plan) -> list[str]:
+    """What separates the environment that made a release from this one, each once."""
+    found: dict[str, None] = {}
+    for step in plan.steps:
+        old = manifest.steps.get(step.id)
+        texts = differences(old.inputs if old else {}, step.inputs)
+        found |= dict.fromkeys(text for text in texts if not text.startswith("step "))
+    return list(found)
+
+
+def _moved(error: CompileError, old: str, new: str) -> CompileError:
+    """An error that names where its log was moved."""
+    values: list[Any] = [value.replace(old, new) if isinstance(value, str) else value for value in error.args]
+    moved = type(error)(*values)
+    moved.__dict__.update(error.__dict__)
+    return moved
