@@ -102,6 +102,9 @@ def parse(url: str) -> tuple[str, str]:
     """
     parts = _split(url)
     at = url.rfind("@", url.rfind("/"))
+    if at < 0 and parts.scheme == "oci":
+        # As users of containers write it. A repository's name has no colon; a port stands before its first slash.
+        at = url.rfind(":", url.rfind("/")) if "/" in parts.path else -1
     if at < 0 or at < len(parts.scheme) + 3:
         return url, LATEST
     place, reference = url[:at], url[at + 1 :]
