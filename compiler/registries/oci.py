@@ -6,7 +6,7 @@ is not sent again, and what comes back is held against it.
 
 Nothing in the distribution specification makes a tag only where there is none, and nothing that it has could: of two pushes
 of one version with other content, the later one's tag stands. What is done about it: the tag is looked up once more right
-before it is put, and read back after a pause that is several times as long as the registry took to answer; a push that does
+before it is put, and read back after a pause that is twice as long as the registry took to put it; a push that does
 not find its own release then fails. So both can succeed only if one request is on its way for longer than that pause, and a
 reader can see the losing release, whole, for no longer than it. A registry that can make tags immutable closes the gap.
 """
@@ -40,7 +40,7 @@ T = TypeVar("T")
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 NAME = re.compile(rf"{_PART}(?:/{_PART})*")
 # The pause before a new tag is read back: this many times what the registry took to put it, and at least, at most, seconds.
-SETTLE_TIMES, SETTLE_SECONDS, SETTLE_MOST_SECONDS = 4, 0.05, 5.0
+SETTLE_TIMES, SETTLE_SECONDS, SETTLE_MOST_SECONDS = 2, 0.05, 5.0
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Oci:
                     raise FaultError(f"{file.path} broke off after {offset} of {file.size} bytes")
                 if length.isdecimal() and int(length) != file.size - offset:
                     raise ReleaseError(
-                        f"{where}: {file.path} is {offset + int(length)} bytes there, of {file.size}; it is damaged, do not use it"
+                        f"{where}: {file.path} is {offset + int(length)} of {file.size} bytes there; it is damaged, do not use it"
                     )
                 try:
                     for chunk in self.client.stream(response):

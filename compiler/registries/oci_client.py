@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ THREADS = 4
 # Seconds to connect, and between two pieces of an answer. A registry may move a blob of gigabytes before it answers.
 CONNECT_SECONDS, READ_SECONDS, UPLOAD_SECONDS = 10, 60, 600
 REDIRECTS = 5
+# Tags asked for at a time; a registry may give fewer, and says where the others are.
+TAGS = 1000
 # What `list` asks of an index may be any kind of manifest: what is there is named, not taken for missing.
 ACCEPT = ", ".join(
     (
@@ -57,7 +60,10 @@ class Upload(io.FileIO):
     def read(self, size: int | None = -1, /) -> bytes:
         if self._stop.is_set():
             raise FaultError("stopped")
-        return super().read(size) or b""
+        try:
+            return super().read(size) or b""
+        except OSError as error:
+            raise RegistryError(f"{self.name}: cannot be read ({error.strerror}); push it again") from error
 
 
 class Client:
@@ -87,8 +93,6 @@ class Client:
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         # A login comes from docker's configuration: .netrc must not put another in its place.
         session.auth = lambda request: request
-        # As docker does: no proxy stands between this machine and itself.
-        session.trust_env = not self._loopback
         session.headers["Accept-Encoding"] = "identity"
         session.headers["User-Agent"] = "aot-model-compiler"
         return session
@@ -126,7 +130,7 @@ class Client:
     def tags(self) -> list[str]:
         """Every tag; none where there is no such repository yet."""
         found: list[str] = []
-        url = urljoin(self._base, "tags/list?n=1000")
+        url = urljoin(self._base, f"tags/list?n={TAGS}")
         seen = {url}
         while True:
             with self._send("GET", url, allowed=(404,)) as response:
@@ -135,8 +139,6 @@ class Client:
                 content = self._content(response, MANIFEST_BYTES)
                 link = response.links.get("next", {}).get("url")
             try:
-                import json
-
                 names = json.loads(content or b"")["tags"] or []
                 found += [str(name) for name in names]
             except (ValueError, KeyError, TypeError):
@@ -148,7 +150,8 @@ class Client:
     def blob_size(self, digest: str) -> int | None:
         """The size of a blob that is there already, -1 where the registry does not say; None where it is not there."""
         with self._send("HEAD", f"blobs/{digest}", allowed=(404,)) as response:
-            return None if response.status_code == 404 else int(response.headers.get("Content-Length", -1))
+            length = response.headers.get("Content-Length", "")
+            return None if response.status_code == 404 else int(length) if length.isdecimal() else -1
 
     def put_blob(self, digest: str, body: bytes | Callable[[], Upload]) -> None:
         """Send a blob, in one request; a body that is a file is opened anew whenever it has to be sent anew."""
@@ -241,10 +244,14 @@ class Client:
         import requests
 
         data = body() if callable(body) else body
+        server = urlsplit(url).netloc
+        # As docker does: no proxy stands between this machine and itself.
+        direct = {"no_proxy": "*"} if loopback(urlsplit(url).hostname or "") else None
         try:
             return self._session.request(
                 method,
                 url,
+                proxies=direct,
                 headers=dict(headers),
                 data=data,
                 stream=True,
@@ -253,19 +260,19 @@ class Client:
             )
         except requests.exceptions.SSLError as error:
             raise RegistryError(
-                f"{self.url}: the certificate of {urlsplit(url).netloc} is not trusted; have REQUESTS_CA_BUNDLE name its authority"
+                f"{self.url}: {server}'s certificate is not trusted; have REQUESTS_CA_BUNDLE name its authority"
             ) from error
         except requests.Timeout as error:
-            raise FaultError(f"{urlsplit(url).netloc} does not answer in time") from error
+            raise FaultError(f"{server} does not answer in time") from error
         except requests.exceptions.InvalidURL as error:
-            raise RegistryError(f"{self.url}: {urlsplit(url).netloc!r} is no host; check the URL") from error
+            raise RegistryError(f"{self.url}: {server!r} is no host; check the URL") from error
         except (requests.RequestException, OSError) as error:
             text = str(error)
             if "refused" in text:
-                raise FaultError(f"{urlsplit(url).netloc} refuses connections") from error
+                raise FaultError(f"{server} refuses connections") from error
             if "resolve" in text or "getaddrinfo" in text:
-                raise FaultError(f"{urlsplit(url).netloc} is not known to the network") from error
-            raise FaultError(f"{urlsplit(url).netloc} broke the connection off") from error
+                raise FaultError(f"{server} is not known to the network") from error
+            raise FaultError(f"{server} broke the connection off") from error
         finally:
             if isinstance(data, Upload):
                 data.close()
