@@ -6,6 +6,8 @@ network's errors are our own, since those of the libraries hold addresses, and t
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
 import io
 import json
@@ -205,7 +207,13 @@ class Client:
             sent = {**(headers or {}), **({"Authorization": login} if login else {})}
             response = self._exchange(method, url, sent, body, seconds)
             status = response.status_code
-            if status < 300 or status in allowed:
+            if status < 300:
+                return response
+            # The body of an answer that is an error is read, so that the connection is of use again.
+            if response.headers.get("Content-Length", "").isdecimal() and int(response.headers["Content-Length"]) < CHUNK:
+                with contextlib.suppress(FaultError):
+                    collections.deque(self.stream(response), maxlen=0)
+            if status in allowed:
                 return response
             with response:
                 # A token may have run out, and may then turn out to lack a right: two challenges are met.

@@ -209,6 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             self.received += len(piece)
+        if response.length:  # the server went away in the middle
+            raise _BrokenError
         if chunked:
             self.wfile.write(b"0\r\n\r\n")
 
@@ -235,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _plain(self) -> Iterator[bytes]:
         left = int(self.headers.get("Content-Length", 0))
         while left:
-            piece = self.rfile.read1(min(left, CHUNK))  # type: ignore[attr-defined]
+            piece = self.rfile.read1(min(left, CHUNK))
             if not piece:
                 raise _BrokenError
             left -= len(piece)

@@ -34,7 +34,7 @@ def free_port() -> int:
 class DockerRegistry:
     """A context manager. `storage` has the blobs as files; `config` replaces or adds parts of the server's configuration."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any] | None = None, tls: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.storage = folder / "storage"
         self.host = f"127.0.0.1:{free_port()}"
@@ -43,7 +43,7 @@ class DockerRegistry:
             "version": "0.1",
             "log": {"level": "error", "accesslog": {"disabled": True}},
             "storage": {"filesystem": {"rootdirectory": str(self.storage)}},
-            "http": {"addr": self.host, "secret": "the same after a restart"},
+            "http": {"addr": self.host, "secret": "the same after a restart", **({"tls": tls} if tls else {})},
             **(config or {}),
         }
         folder.mkdir(parents=True, exist_ok=True)
