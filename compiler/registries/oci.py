@@ -20,7 +20,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -203,7 +203,7 @@ class Oci:
         with contextlib.closing(self._chunks(where, file)) as chunks:
             yield chunks
 
-    def _chunks(self, where: str, file: File) -> Iterator[bytes]:
+    def _chunks(self, where: str, file: File) -> Generator[bytes, None, None]:
         """A blob's content. After a cut it goes on from where it was, as long as something comes each time."""
         offset = 0
         while offset < file.size:
@@ -215,9 +215,9 @@ class Oci:
                     raise ReleaseError(f"{where}: {file.path} is not there, or not all of it; it is damaged, do not use it")
                 if offset and response.status_code != 206:
                     raise FaultError(f"{file.path} broke off after {offset} of {file.size} bytes")
-                if length.isdecimal() and int(length) != file.size - offset:
+                if length.isdecimal() and (there := offset + int(length)) != file.size:
                     raise ReleaseError(
-                        f"{where}: {file.path} is {offset + int(length)} of {file.size} bytes there; it is damaged, do not use it"
+                        f"{where}: has {there} of the {file.size} bytes of {file.path}; it is damaged, do not use it"
                     )
                 try:
                     for chunk in self.client.stream(response):

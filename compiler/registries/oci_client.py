@@ -158,7 +158,7 @@ class Client:
     def put_blob(self, digest: str, body: bytes | Callable[[], Upload]) -> None:
         """Send a blob, in one request; a body that is a file is opened anew whenever it has to be sent anew."""
         with self._send("POST", "blobs/uploads/") as response:
-            place = urljoin(response.url, response.headers.get("Location", ""))
+            place = self._follow(response, "an upload")
         place += ("&" if urlsplit(place).query else "?") + f"digest={digest}"
         headers = {"Content-Type": "application/octet-stream"}
         with self._send("PUT", place, headers, body=body, seconds=UPLOAD_SECONDS):
@@ -222,13 +222,19 @@ class Client:
                     if self._login.answer(response.headers.get("WWW-Authenticate", ""), login):
                         continue
                 if method in ("GET", "HEAD") and status in (301, 302, 303, 307, 308):
-                    target = urljoin(url, response.headers.get("Location", ""))
-                    if urlsplit(target).scheme not in ("https", urlsplit(self._base).scheme):
-                        raise RegistryError(f"{self.url}: redirects a download to a place without encryption; refused")
-                    url = target
+                    url = self._follow(response, "a download")
                     continue
                 raise self._refusal(response, ours, login is not None)
         raise RegistryError(f"{self.url}: redirects in circles; check the URL")
+
+    def _follow(self, response: requests.Response, what: str) -> str:
+        """Where an answer sends us on to."""
+        if not response.headers.get("Location"):
+            raise RegistryError(f"{self.url}: sends {what} on to nowhere; what answers there is no OCI registry")
+        place = urljoin(response.url, response.headers["Location"])
+        if urlsplit(place).scheme not in ("https", urlsplit(self._base).scheme):
+            raise RegistryError(f"{self.url}: sends {what} on to a place without encryption; refused")
+        return place
 
     def _refusal(self, response: requests.Response, ours: bool, logged_in: bool) -> Exception:
         status = response.status_code
@@ -241,6 +247,8 @@ class Client:
                 reason = f"a login is needed: docker login {self.host}"
         elif ours and status == 403:
             reason = f"forbidden to this login (status 403); ask for the right, or log in as another: docker login {self.host}"
+        elif ours and status == 404:
+            reason = "the registry does not know this repository; create it there first, or log in as one who may"
         else:
             place = self.host if ours else "the storage that it redirects to"
             reason = f"{place} refused a {response.request.method} (status {status})"

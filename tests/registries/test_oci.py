@@ -6,11 +6,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +18,7 @@ import pytest
 
 from compiler import registries
 from compiler.errors import CompileError, RegistryError, ReleaseError, StageError
-from compiler.registries import Parcel, modelpack, oci, oci_client, transfer
+from compiler.registries import modelpack, oci, oci_client, transfer
 from compiler.registries.oci_client import Client, Upload
 from compiler.stages.publish import pull, push
 from tests.registries.conftest import FILES, make_release
@@ -77,9 +75,13 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def noise(size: int) -> bytes:
+    return hashlib.shake_128(b"noise").digest(size)
+
+
 def big_release(folder: Path) -> None:
     """A release with files of 6, 4 and 2 MiB, which take several reads to send."""
-    make_release(folder, {**FILES, **{f"onnx/{size}.onnx": random.Random(size).randbytes(size << 20) for size in (2, 4, 6)}})
+    make_release(folder, {**FILES, **{f"onnx/{size}.onnx": noise(size << 20) for size in (2, 4, 6)}})
 
 
 def failure(kind: type[CompileError], work: Callable[[], object]) -> str:
@@ -301,7 +303,7 @@ def test_a_server_killed_in_the_middle_of_a_pull(
     tmp_path: Path, own: DockerRegistry, monkeypatch: pytest.MonkeyPatch, comes_back: bool
 ) -> None:
     # Large enough not to fit in the sockets' buffers.
-    make_release(tmp_path / "release", {**FILES, "onnx/big.onnx": random.Random(1).randbytes(48 << 20)})
+    make_release(tmp_path / "release", {**FILES, "onnx/big.onnx": noise(48 << 20)})
     stream = Client.stream
     killed: list[bool] = []
 
@@ -359,6 +361,9 @@ def test_any_one_request_of_a_push_and_of_a_pull_may_fail(tmp_path: Path, proxy:
         (Fault(status=403, method="POST|PUT", times=ALWAYS), "forbidden"),
         (Fault(status=500, method="PUT", path="/manifests/", times=ALWAYS), "answered 500"),
         (Fault(status=405, method="POST", times=ALWAYS), "refused a POST (status 405)"),
+        (Fault(status=404, method="POST", times=ALWAYS), "create it there first"),
+        (Fault(status=202, headers=(("Location", "ftp://a/b"),), method="POST", times=ALWAYS), "sends an upload on"),
+        (Fault(status=202, method="POST", times=ALWAYS), "on to nowhere"),
         (Fault(reset=100, method="PUT", path="/blobs/", times=ALWAYS), "broke the connection off"),
     ],
 )
@@ -374,7 +379,7 @@ def test_a_push_that_cannot_be_ends_in_one_line_and_publishes_nothing(
 
 @pytest.mark.parametrize("times", [1, ALWAYS])
 def test_a_truncated_download_goes_on_where_it_broke_off(tmp_path: Path, proxy: Proxy, url: str, via: str, times: int) -> None:
-    make_release(tmp_path / "release", {**FILES, "onnx/big.onnx": random.Random(1).randbytes(5 << 20)})
+    make_release(tmp_path / "release", {**FILES, "onnx/big.onnx": noise(5 << 20)})
     push(tmp_path / "release", url)
     # Every answer ends after two megabytes, and the next one starts there.
     proxy.inject(Fault(cut=2 << 20, method="GET", path="/blobs/", times=times))
@@ -422,7 +427,7 @@ def test_a_blob_damaged_on_the_servers_disk_is_found(tmp_path: Path, own: Docker
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small tmpfs takes root on Linux")
 def test_a_disk_that_fills_while_pulling_is_one_line_and_left_empty(tmp_path: Path, url: str) -> None:
-    make_release(tmp_path / "release", {**FILES, "onnx/big.onnx": random.Random(1).randbytes(1 << 20)})
+    make_release(tmp_path / "release", {**FILES, "onnx/big.onnx": noise(1 << 20)})
     push(tmp_path / "release", url)
     small = tmp_path / "small"
     small.mkdir()

@@ -168,7 +168,7 @@ class Listener:
         listener = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 form = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
                 query = dict(parse_qsl(form if self.command == "POST" else urlsplit(self.path).query))
                 listener.seen.append((self.command, self.path, dict(self.headers), query))
