@@ -37,7 +37,7 @@ DIGEST = "aot-model-compiler.manifest.digest"
 MANIFEST_BYTES = 4 << 20
 
 _DOCUMENTS = re.compile(
-    r"(README|LICEN[CS]E|NOTICE|MODEL_?CARD|CHANGELOG)\b|.*\.(md|cdx\.json|intoto\.jsonl?)$", re.IGNORECASE
+    r"(README|LICEN[CS]E|NOTICE|MODEL_?CARD|CHANGELOG)\b|.*\.(md|cdx\.json|intoto\.jsonl?)$|provenance\.json$", re.IGNORECASE
 )
 
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -175,7 +176,14 @@ def stored_manifest(server: DockerRegistry, url: str, reference: str = "1.0.0") 
 def test_the_artifact_is_a_modelpack_of_raw_layers_and_always_the_same_bytes(
     tmp_path: Path, server: DockerRegistry, url: str
 ) -> None:
-    files = {**FILES, "README.md": b"# tiny", "LICENSE": b"free", "model.py": b"pass", "bom.cdx.json": b"{}"}
+    files = {
+        **FILES,
+        "README.md": b"# tiny",
+        "LICENSE": b"free",
+        "model.py": b"pass",
+        "bom.cdx.json": b"{}",
+        "provenance.json": b"{}",
+    }
     manifest = make_release(tmp_path / "release", files)
     (tmp_path / "release" / "SHA256SUMS").write_bytes(b"sums")
     push(tmp_path / "release", url, ("latest",))
@@ -200,6 +208,7 @@ def test_the_artifact_is_a_modelpack_of_raw_layers_and_always_the_same_bytes(
         "README.md": "doc",
         "LICENSE": "doc",
         "bom.cdx.json": "doc",
+        "provenance.json": "doc",
         "SHA256SUMS": "doc",
         "model.py": "code",
     }
@@ -441,6 +450,17 @@ def test_a_disk_that_fills_while_pulling_is_one_line_and_left_empty(tmp_path: Pa
         subprocess.run(["umount", str(small)], check=True)
 
 
+def test_one_who_may_not_list_tags_may_pull(tmp_path: Path, url: str, via: str, proxy: Proxy) -> None:
+    make_release(tmp_path / "release")
+    push(tmp_path / "release", url, ("prod", "latest"))
+    proxy.inject(Fault(status=403, path="/tags/list", times=ALWAYS))
+    for reference in ("@1.0.0", "@prod"):
+        pull(via + reference, tmp_path / f"back{reference}")
+        assert content(tmp_path / f"back{reference}") == content(tmp_path / "release")
+    assert registries.connect(via).resolve("prod").aliases == ("prod",)  # type: ignore[union-attr]
+    assert "forbidden" in failure(RegistryError, lambda: registries.connect(via).list())
+
+
 def test_a_file_that_changes_while_it_is_sent_is_refused(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make_release(tmp_path / "release")
     read = Upload.read
@@ -453,8 +473,9 @@ def test_a_file_that_changes_while_it_is_sent_is_refused(tmp_path: Path, url: st
 # Two pushes at once
 
 
-def push_both(monkeypatch: pytest.MonkeyPatch, url: str, folders: tuple[Path, Path]) -> list[str]:
-    """Push two releases at once, so that each looks for the tag before either has put it; what became of each."""
+def push_both(monkeypatch: pytest.MonkeyPatch, url: str, folders: tuple[Path, Path], apart: float = 0.0) -> list[str]:
+    """Push two releases at once, so that each looks for the tag before either has put it, the second of them so many
+    seconds after the first; what became of each."""
     gate = threading.Barrier(2)
     put = Client.put_manifest
     late: set[int] = set()
@@ -462,7 +483,7 @@ def push_both(monkeypatch: pytest.MonkeyPatch, url: str, folders: tuple[Path, Pa
     def together(self: Client, tag: str, body: bytes) -> None:
         if threading.get_ident() not in late:
             late.add(threading.get_ident())
-            gate.wait(timeout=20)
+            time.sleep(apart * gate.wait(timeout=20))
         put(self, tag, body)
 
     def attempt(folder: Path) -> str:
@@ -487,6 +508,16 @@ def test_of_two_pushes_at_once_with_other_content_one_is_published_and_the_other
         assert made == "made" and "1.0.0 is published already, with other content" in told
         pull(f"{url}/{number}@1.0.0", tmp_path / f"back{number}")
         assert content(tmp_path / f"back{number}") in (content(tmp_path / "first"), content(tmp_path / "second"))
+
+
+def test_a_push_whose_tag_is_put_over_a_little_later_does_not_succeed(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_release(tmp_path / "first")
+    make_release(tmp_path / "second", {**FILES, "config.json": b"{}"})
+    monkeypatch.setattr(oci, "SETTLE_SECONDS", 1.0)
+    made, told = push_both(monkeypatch, url, (tmp_path / "first", tmp_path / "second"), apart=0.2)
+    assert made == "made" and "published already" in told
 
 
 def test_two_pushes_at_once_of_the_same_content_both_succeed(

@@ -245,7 +245,6 @@ class Authority:
     """A key and its certificate, and tokens signed with it as docker's registry wants them."""
 
     def __init__(self, folder: Path) -> None:
-        pytest.importorskip("cryptography", reason="cryptography makes the test's certificates")
         import ipaddress
 
         from cryptography import x509
