@@ -95,7 +95,7 @@ def connect(url: str) -> Registry:
 
 
 def parse(url: str) -> tuple[str, str]:
-    """A URL with its reference taken off, and the reference; `latest` where it has none.
+    """A URL with its reference taken off, and the reference; `latest` where it has none. In oci:// it may follow a colon too.
 
     Raises:
         RegistryError: as `connect`, or the reference is no version, alias or digest.

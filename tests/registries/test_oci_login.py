@@ -17,11 +17,12 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
+import requests
 
 from compiler import registries
 from compiler.errors import RegistryError
 from compiler.registries import transfer
-from compiler.registries.oci_login import Credentials, credentials, parse_challenge
+from compiler.registries.oci_login import Credentials, Login, credentials, parse_challenge
 from compiler.stages.publish import pull, push
 from tests.registries.conftest import make_release
 from tests.registries.proxy import ALWAYS, Fault, Proxy
@@ -370,6 +371,16 @@ def test_a_registry_on_this_machine_may_speak_https(tmp_path: Path, monkeypatch:
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(authority.certificate))
         assert push(tmp_path / "release", url).made
         pull(f"{url}:1.0.0", tmp_path / "back")
+
+
+def test_of_many_threads_that_are_refused_one_logs_in(docker: Path) -> None:
+    log_in(docker, "here:1")
+    login = Login("here:1", requests.Session())
+    assert login.answer("Basic realm=models", None)
+    header = login.header
+    log_in(docker, "here:1", "another")
+    assert login.answer("Basic realm=models", None) and login.header == header
+    assert login.answer("Basic realm=models", header) and login.header != header
 
 
 def test_netrc_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: Listener) -> None:
