@@ -8,10 +8,10 @@ BIN := .venv/bin
 compile: .venv/ready
 	$(BIN)/compile pipeline.yaml
 
-test: .venv/ready
+test: .venv/ready .venv/servers/ready
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: .venv/ready
+test-all: .venv/ready .venv/servers/ready
 	$(BIN)/python -m pytest
 
 lint: .venv/ready
@@ -29,6 +29,10 @@ format: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,s3,sign]'
 	touch $@
+
+# What the tests of registries talk to. No order with .venv/ready: that one makes .venv and leaves the rest of it alone.
+.venv/servers/ready: tests/servers.sh
+	sh tests/servers.sh $(@D)
 
 clean:
 	rm -rf .venv artifacts/*/

@@ -102,13 +102,16 @@ def connect(url: str) -> Registry:
 
 
 def parse(url: str) -> tuple[str, str]:
-    """A URL with its reference taken off, and the reference; `latest` where it has none.
+    """A URL with its reference taken off, and the reference; `latest` where it has none. In oci:// it may follow a colon too.
 
     Raises:
         RegistryError: as `connect`, or the reference is no version, alias or digest.
     """
     parts = _split(url)
     at = url.rfind("@", url.rfind("/"))
+    if at < 0 and parts.scheme == "oci":
+        # As users of containers write it. A repository's name has no colon; a port stands before its first slash.
+        at = url.rfind(":", url.rfind("/")) if "/" in parts.path else -1
     if at < 0 or at < len(parts.scheme) + 3:
         return url, LATEST
     place, reference = url[:at], url[at + 1 :]
