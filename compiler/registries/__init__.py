@@ -78,7 +78,7 @@ class TakenError(RegistryError):
 
 
 # Which module serves a URL's scheme; every other scheme is for fsspec. A module has `connect(url) -> Registry`.
-REGISTRIES = {"oci": "oci", "mlflow": "mlflow", "hf": "hub"}
+REGISTRIES = {"oci": "oci", "mlflow": "mlflow", "mlflow+http": "mlflow", "hf": "hub"}
 OTHERS = "filesystem"
 
 
