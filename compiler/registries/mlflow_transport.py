@@ -23,7 +23,11 @@ from compiler.registries.transfer import FaultError, chunks_of, retrying
 T = TypeVar("T")
 
 # MLflow's own answer to a fault is seven tries with pauses that come to minutes; ours (`retrying`) take their place.
-SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
+SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 PROXY = "mlflow-artifacts"
 ENDPOINT = "/api/2.0/mlflow-artifacts/artifacts"
 LOGIN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -109,7 +113,7 @@ def told(error: Any, url: str) -> Exception:
         if type(cause).__module__.startswith(("requests", "urllib3")):
             return FaultError(f"cannot be reached ({_reason(cause)})")
         cause = cause.__cause__ or cause.__context__
-    return refusal(status, url, str(getattr(error, "message", "")))
+    return refusal(status, url, str(error))
 
 
 def refusal(status: int, url: str, reason: str = "") -> Exception:
@@ -118,6 +122,8 @@ def refusal(status: int, url: str, reason: str = "") -> Exception:
         return RegistryError(f"{url}: the server does not know who asks (401); {LOGIN}")
     if status == 403:
         return RegistryError(f"{url}: the server does not allow it (403); ask whoever runs it for the right, or {LOGIN}")
+    if status == 404 and "RESOURCE_DOES_NOT_EXIST" not in reason:
+        return RegistryError(f"{url}: what answers there is no MLflow server, or does not serve artifacts (404)")
     line = next(iter(reason.strip().splitlines()), "")[:200]
     if status in (408, 429) or status >= 500:
         return FaultError(f"answers {status}" + (f" ({line})" if line else ""))
