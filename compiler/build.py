@@ -110,7 +110,7 @@ class Build:
             remove(build.folder / workers.MODULES)
             lock.release()
 
-    def published(self) -> Release | None:
+    def current(self) -> Release | None:
         """The release, when it is there and is what this plan would make; every byte of it is hashed again.
 
         Raises:
@@ -270,9 +270,10 @@ class Build:
             if os.path.lexists(self.target):
                 again = aside / "again"
                 again.mkdir()
-                self._same_again(package(again, aside / "release", *content))
+                whole = package(again, aside / "release", *content)
+                self._same_again(whole)
                 self._tell(plan.package.id, "current", started)
-                return Release(self.target, manifest, reports, made=False)
+                return Release(self.target, whole, reports, made=False)
             whole = package(aside, self.target, *content)
         self._tell(plan.package.id, "released", started)
         return Release(self.target, whole, reports, made=True)
@@ -395,6 +396,10 @@ def planned(spec: ModelSpec, folder: Path, output: Path, store: Store) -> list[d
             elif failing:
                 state, reason = "blocked", failing
         rows.append({"model": str(spec), "step": step.id, "state": state, "why": reason or "nothing changed"})
+    ready = rows[-1]["state"] in ("run", "current")
+    for destination in spec.publish:
+        state, reason = ("run", "what is there already is not sent") if ready else ("blocked", rows[-1]["why"])
+        rows.append({"model": str(spec), "step": f"publish {destination.url}", "state": state, "why": reason})
     return rows
 
 

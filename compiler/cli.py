@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from compiler.bench import Result
     from compiler.build import Release
     from compiler.manifest import Manifest
+    from compiler.stages.publish import Published
     from compiler.types import Report
 
 CACHE_VARIABLE = "COMPILE_CACHE_DIR"
@@ -51,6 +52,7 @@ def cli() -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where releases go, instead of the pipeline's output:.")
 @click.option("--only", multiple=True, metavar="NAME", help="Build this model only; may be given again.")
 @click.option("--no-cache", is_flag=True, help="Run every step, and compare with a release that is there.")
+@click.option("--no-publish", is_flag=True, help="Build only; leave the registries of publish: alone.")
 @click.option(
     "-j", "--jobs", type=click.IntRange(1, 64), default=3, show_default=True, help="Formats to work on side by side."
 )
@@ -62,6 +64,7 @@ def build(
     output: Path | None,
     only: tuple[str, ...],
     no_cache: bool,
+    no_publish: bool,
     jobs: int,
     verbose: bool,
     cache_dir: Path | None,
@@ -71,10 +74,14 @@ def build(
     from compiler.build import FOLDER, Context
     from compiler.config import read
     from compiler.pipeline import build as run
+    from compiler.pipeline import connect
+    from compiler.pipeline import publish as run_publish
     from compiler.progress import Display
 
     _expect_file(pipeline)
     parsed = read(pipeline)
+    if not no_publish:
+        connect(parsed, only)
     where = output if output is not None else pipeline.parent / parsed.output
     with Display((where / FOLDER) if verbose else None) as display:
         context = Context(
@@ -86,22 +93,23 @@ def build(
             jobs=jobs,
         )
         releases = []
+        published = []
         try:
             for release in run(parsed, context, only):
                 releases.append(release)
+            if not no_publish:
+                for done in run_publish(parsed, releases, context, only):
+                    published.append(done)
         except NumericsError as error:
             if error.reports and not as_json:
                 display.console.print(_verdicts(error.reports))
             raise
         finally:
-            if not as_json and len(releases) < len(parsed.models):
-                for release in releases:  # what was released before something failed
+            if not as_json:
+                for release in releases:  # also what was released before something failed
                     _table(release.manifest, release.reports, release.path)
     if as_json:
-        _print_json([_release_json(release) for release in releases])
-        return
-    for release in releases:
-        _table(release.manifest, release.reports, release.path)
+        _print_json([_release_json(release, published) for release in releases])
 
 
 @cli.command(short_help="List the steps, run or cached, and why.")
@@ -270,6 +278,93 @@ def bench(
         _print_json(results)
 
 
+@cli.command(short_help="Publish a release to a registry.")
+@click.argument("release", type=click.Path(path_type=Path))
+@click.argument("url")
+@click.option("--alias", "aliases", multiple=True, metavar="NAME", help="Move this alias to it; may be given again.")
+@json_option
+def push(release: Path, url: str, aliases: tuple[str, ...], as_json: bool) -> None:
+    """Publish RELEASE at URL (file://, s3://, oci://, mlflow:// or hf://) under its version, which never changes there."""
+    from compiler.progress import Display
+    from compiler.stages.publish import publish
+    from compiler.verify import read_release
+
+    manifest, _ = read_release(release)
+    with Display() as display:
+        published = publish(release, url, aliases, display.tell, manifest)
+    if as_json:
+        _print_json(_published_json(published))
+        return
+    version = published.version
+    what = "published" if published.made else "is there already, the same; nothing was sent"
+    moved = f"; {', '.join(published.moved)} moved to it" if published.moved else ""
+    click.echo(f"{manifest.name} {version.release}  {url}@{version.release}  {what}{moved}")
+    click.echo(f"sha256:{version.digest}")
+
+
+@cli.command(short_help="Fetch a release from a registry.")
+@click.argument("url", metavar="URL[@REF]")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@json_option
+def pull(url: str, folder: Path, as_json: bool) -> None:
+    """Fetch the release that REF names (a version, an alias or sha256:DIGEST; `latest` when left out) into DIR, which appears
+    whole and verified."""
+    from compiler.progress import status
+    from compiler.stages.publish import pull as run
+
+    with status() as tell:
+        tell(f"fetching {url}")
+        manifest, made = run(url, folder)
+    if as_json:
+        _print_json(
+            {
+                "url": url,
+                "name": manifest.name,
+                "release": manifest.release,
+                "digest": manifest.identity,
+                "path": str(folder),
+                "files": len(manifest.every_file),
+                "made": made,
+            }
+        )
+        return
+    what = "files are what the manifest says" if made else "files are there already, and are what the manifest says"
+    click.echo(f"{manifest.name} {manifest.release}  {folder}  {len(manifest.every_file)} {what}")
+    click.echo(f"sha256:{manifest.identity}")
+
+
+@cli.command("list", short_help="List a registry's versions and aliases.")
+@click.argument("url")
+@json_option
+def list_versions(url: str, as_json: bool) -> None:
+    """List the versions that are published at URL, oldest first, with the aliases that name them now."""
+    from compiler.stages.publish import versions
+
+    found = versions(url)
+    if as_json:
+        _print_json([asdict(version) for version in found])
+        return
+    if not found:
+        click.echo(f"{url}: nothing is published there", err=True)
+        return
+    click.echo(_lines([(version.release, f"sha256:{version.digest}", ", ".join(version.aliases)) for version in found]))
+
+
+@cli.command(short_help="Move an alias in a registry.")
+@click.argument("url", metavar="URL@REF")
+@click.argument("name")
+@json_option
+def alias(url: str, name: str, as_json: bool) -> None:
+    """Make NAME (such as prod) name the version that REF names, in one step."""
+    from compiler.stages.publish import alias as run
+
+    version, moved = run(url, name)
+    if as_json:
+        _print_json({"alias": name, "moved": moved, **asdict(version)})
+        return
+    click.echo(f"{name} → {version.release}" + ("" if moved else ", as before"))
+
+
 @cli.command(short_help="Write a pipeline.yaml for a checkpoint.")
 @click.argument("checkpoint")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), help="The file to write.")
@@ -336,7 +431,20 @@ def _report_json(report: Report) -> dict[str, Any]:
     return {**asdict(report), "passed": report.passed}
 
 
-def _release_json(release: Release) -> dict[str, Any]:
+def _published_json(published: Published) -> dict[str, Any]:
+    version = published.version
+    return {
+        "url": published.url,
+        "release": version.release,
+        "digest": version.digest,
+        "made": published.made,
+        "aliases": version.aliases,
+        "moved": published.moved,
+    }
+
+
+def _release_json(release: Release, published: Sequence[Published]) -> dict[str, Any]:
+    mine = [done for done in published if done.path == release.path]
     return {
         "name": release.manifest.name,
         "release": release.manifest.release,
@@ -351,6 +459,7 @@ def _release_json(release: Release) -> dict[str, Any]:
             }
             for artifact, report in zip(release.manifest.artifacts, release.reports, strict=True)
         ],
+        "published": [_published_json(done) for done in mine],
     }
 
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compiler.backends import BACKENDS
-from compiler.errors import ConfigError
+from compiler.errors import ConfigError, RegistryError
 from compiler.tasks import TaskName
 from compiler.types import Precision, Target
 
@@ -146,6 +146,32 @@ class Optimize(Strict):
     expect: Expect = Expect()
 
 
+class Destination(Strict):
+    """A registry to publish to, and the aliases that move to the release there."""
+
+    url: str = Field(
+        description="The place of this model alone: file:///FOLDER, s3://BUCKET/PATH, oci://, mlflow:// or hf://ORG/NAME."
+    )
+    aliases: tuple[str, ...] = Field((), description="Names that move to the release, such as latest.")
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        from compiler import registries  # which reads what a version is from here
+
+        try:
+            registries.check_place(self.url)
+            for name in self.aliases:
+                registries.check_alias(name)
+        except RegistryError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+def _bare_url(value: Any) -> Any:
+    """`file:///models/m` is short for `{url: file:///models/m}`."""
+    return {"url": value} if isinstance(value, str) else value
+
+
 class ModelSpec(Strict):
     """One model: where it comes from, what to make of it, and how close it must stay."""
 
@@ -169,6 +195,9 @@ class ModelSpec(Strict):
     targets: Targets
     optimize: Optimize = Optimize()
     budget: Budget = Budget()
+    publish: tuple[Annotated[Destination, BeforeValidator(_bare_url, Destination | str)], ...] = Field(
+        (), description="Registries that get the release once every model of the pipeline has passed its gate."
+    )
 
     @field_validator("source")
     @classmethod
@@ -207,6 +236,16 @@ class Pipeline(Strict):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two models are called {name}; give one another name or release")
+        return self
+
+    @model_validator(mode="after")
+    def _a_place_is_of_one_model(self) -> Self:
+        owners: dict[str, str] = {}
+        for model in self.models:
+            for destination in model.publish:
+                owner = owners.setdefault(destination.url.rstrip("/"), model.name)
+                if owner != model.name:
+                    raise ValueError(f"{owner} and {model.name} publish to {destination.url}; give each a place of its own")
         return self
 
 

@@ -77,3 +77,12 @@ def sync(stream: BinaryIO) -> None:
     """Have what was written survive a loss of power, before a rename makes it visible."""
     stream.flush()
     os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's names survive a loss of power: those of files that were made or renamed in it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -39,8 +39,8 @@ LOAD_LIBRARIES = (
     "torch",
     "transformers",
 )
-# Modules of ours that talk to the user, and shape no byte of a release.
-TALK = ("__main__.py", "bench.py", "cli.py", "init.py", "progress.py")
+# Modules of ours that talk to the user or to registries, and shape no byte of a release.
+TALK = ("__main__.py", "bench.py", "cli.py", "init.py", "progress.py", "stages/publish.py")
 # Files of a checkpoint that travel with a release but that no computation reads.
 DOCUMENTS = (".md", "LICENSE", "NOTICE")
 
@@ -205,9 +205,9 @@ def version(distribution: str) -> str:
 
 @functools.cache
 def _code() -> str:
-    """The hash of our own modules, but for the backends' and those that only talk: a version that raises itself."""
+    """The hash of our own modules that shape a release, but for the backends: a version that raises itself."""
     modules = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-    shaping = [name for name in modules if name not in TALK and not name.startswith("backends/")]
+    shaping = [name for name in modules if name not in TALK and not name.startswith(("backends/", "registries/"))]
     return digest([[file.path, file.sha256] for file in hash_files(PACKAGE, shaping)])
 
 

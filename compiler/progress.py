@@ -17,11 +17,13 @@ SHOWN = {
     "cached": "cached",
     "current": "unchanged",
     "released": "released",
+    "published": "published",
+    "there": "unchanged",
     "failed": "FAILED",
     "stopped": "stopped",
     "waiting": "waiting",
 }
-STYLE = {"failed": "bold red", "released": "green", "run": "green", "waiting": "yellow"}
+STYLE = {"failed": "bold red", "released": "green", "published": "green", "run": "green", "waiting": "yellow"}
 
 
 class Display:

@@ -159,7 +159,8 @@ class Report:
 @dataclass(frozen=True)
 class Event:
     """What a reader of the progress is told. `state`: a step of a model was `start`ed, `run`, found `cached` or `failed`;
-    the build is `waiting` for another; the release is `current` (there and unchanged) or `released`."""
+    the build is `waiting` for another; the release is `current` (there and unchanged) or
+    `released`, and in a registry `published` or `there` already."""
 
     model: str
     step: str

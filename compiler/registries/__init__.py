@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import SplitResult, urlsplit
 
 from compiler.config import SEMVER
@@ -23,6 +23,8 @@ from compiler.types import File
 ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 LATEST = "latest"
+# An alias' file holds one version; what is longer is none.
+ALIAS_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,13 @@ class Registry(Protocol):
 
     A published version is whole from the moment that it resolves; until then nothing of a push can be seen by `resolve`
     and `list`. Network faults are tried again (`compiler.registries.transfer.retrying`) before they are an error.
+
+    One with a true attribute `hashes` hashes every file as it sends it, and publishes nothing when one is not what the
+    manifest says (a ReleaseError); for the others a release's files are hashed before they are sent.
     """
 
-    url: str
+    @property
+    def url(self) -> str: ...
 
     def list(self) -> tuple[Version, ...]:
         """Every published version, oldest version first; empty where nothing is published yet."""
@@ -78,8 +84,9 @@ class TakenError(RegistryError):
 
 
 # Which module serves a URL's scheme; every other scheme is for fsspec. A module has `connect(url) -> Registry`.
-REGISTRIES = {"oci": "oci", "mlflow": "mlflow", "mlflow+http": "mlflow", "hf": "hub"}
-OTHERS = "filesystem"
+REGISTRIES = {"file": "filesystem", "oci": "oci", "mlflow": "mlflow", "mlflow+http": "mlflow", "hf": "hub"}
+OTHERS = "objects"
+SCHEMES = "file://, s3://, oci://, mlflow:// or hf://"
 
 
 def connect(url: str) -> Registry:
@@ -109,6 +116,23 @@ def parse(url: str) -> tuple[str, str]:
     return place, reference
 
 
+def check_place(url: str) -> str:
+    """A URL that names a model's place and nothing in it.
+
+    Raises:
+        RegistryError: as `connect`, or it has a reference.
+    """
+    scheme = _split(url).scheme
+    if parse(url)[0] != url:
+        raise RegistryError(f"{url}: names a version or an alias; leave out what follows the '@'")
+    if scheme not in REGISTRIES:
+        from fsspec.registry import known_implementations
+
+        if scheme not in known_implementations:
+            raise RegistryError(f"{url}: nothing serves {scheme}://; give {SCHEMES}")
+    return url
+
+
 def check_reference(reference: str, url: str) -> None:
     """Raises RegistryError when a text is no version, alias or digest."""
     if not (re.fullmatch(SEMVER, reference) or ALIAS.fullmatch(reference) or DIGEST.fullmatch(reference)):
@@ -129,10 +153,33 @@ def match(versions: Sequence[Version], reference: str) -> Version | None:
     return None
 
 
+def read_alias(content: bytes, where: str) -> str:
+    """The version that an alias' file names. Raises RegistryError when it names none."""
+    release = content.decode("utf-8", "replace").strip()
+    if not re.fullmatch(SEMVER, release):
+        raise RegistryError(f"{where}: names no version; move the alias again: compile alias")
+    return release
+
+
+def precedence(release: str) -> tuple[Any, ...]:
+    """A key that sorts semantic versions, oldest first: numbers by value, a pre-release before its release."""
+    core, _, pre = release.partition("-")
+    parts = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in pre.split(".")] if pre else []
+    return (*(int(number) for number in core.split(".")), not pre, parts)
+
+
 def _split(url: str) -> SplitResult:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        # What stands where the port does may be a password with a slash in it: it is not repeated.
+        raise RegistryError(
+            f"{url.partition('://')[0]}://…: no registry's URL: what follows the host's ':' is no port"
+        ) from None
+    del port
     if not parts.scheme or "://" not in url:
-        raise RegistryError(f"{url}: no registry's URL; give file://, s3://, oci://, mlflow:// or hf://")
+        raise RegistryError(f"{url}: no registry's URL; give {SCHEMES}")
     if parts.password:
         shown = url.replace(f":{parts.password}@", ":…@")
         raise RegistryError(f"{shown}: holds a password; leave it out, each registry's own variables or login file have it")

@@ -24,9 +24,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from compiler.config import SEMVER
 from compiler.errors import RegistryError, ReleaseError
-from compiler.hashing import digest as digest_of
 from compiler.manifest import MANIFEST, Manifest
-from compiler.registries import Parcel, Registry, TakenError, Version, match
+from compiler.registries import Parcel, Registry, TakenError, Version, match, precedence
 from compiler.registries.mlflow_transport import (
     Artifacts,
     MissingError,
@@ -36,7 +35,7 @@ from compiler.registries.mlflow_transport import (
     client,
     exists,
 )
-from compiler.registries.transfer import SMALL_BYTES, FaultError, receive, retrying
+from compiler.registries.transfer import SMALL_BYTES, FaultError, key_of, receive, retrying
 from compiler.store import locked
 from compiler.types import File
 
@@ -201,7 +200,7 @@ class Model:
             number = int(version.version)
             aliases = tuple(sorted(named.get(number, ())))
             found.setdefault(release, Found(Version(release, digest, aliases), number, version.source))
-        return tuple(found.values())
+        return tuple(found[release] for release in sorted(found, key=precedence))
 
     def _versions(self) -> tuple[Any, ...]:
         """MLflow's versions that are releases, in the order in which they were made."""
@@ -265,11 +264,15 @@ class Model:
 
     def _run(self, parcel: Parcel) -> tuple[str, str]:
         """The run that holds what an interrupted push of the same bytes sent, or a new one; and where its artifacts go."""
-        key = _key(parcel)
+        key = key_of(parcel)
         experiment = self._experiment()
         found = self._call("search_runs", [experiment], f"tags.`{KEY}` = '{key}' and attributes.status = 'RUNNING'")
         manifest = parcel.manifest
-        run = found[0] if found else self._call("create_run", experiment, tags={KEY: key, **_tags(manifest)}, run_name=_title(manifest))
+        run = (
+            found[0]
+            if found
+            else self._call("create_run", experiment, tags={KEY: key, **_tags(manifest)}, run_name=_title(manifest))
+        )
         return run.info.run_id, f"{run.info.artifact_uri}/{MODEL}"
 
     def _send(self, parcel: Parcel, run: str, store: Artifacts) -> None:
@@ -325,12 +328,6 @@ def _tags(manifest: Manifest) -> dict[str, str]:
 
 def _title(manifest: Manifest) -> str:
     return f"{manifest.name} {manifest.release}"
-
-
-def _key(parcel: Parcel) -> str:
-    """The digest of all that a push sends, signatures and a recorded benchmark included."""
-    content = hashlib.sha256(parcel.content).hexdigest()
-    return digest_of([[MANIFEST, content], *sorted([file.path, file.sha256] for file in parcel.files)])
 
 
 def _note(file: File) -> str:

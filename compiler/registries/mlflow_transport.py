@@ -206,7 +206,9 @@ class Local:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(aside)
-            raise RegistryError(f"{self.url}: {target}: cannot be written ({error.strerror}); make it so, then push again") from error
+            raise RegistryError(
+                f"{self.url}: {target}: cannot be written ({error.strerror}); make it so, then push again"
+            ) from error
 
     @contextlib.contextmanager
     def get(self, path: str) -> Iterator[Iterator[bytes]]:
@@ -236,5 +238,7 @@ def artifacts(tracking: str, url: str, uri: str) -> Artifacts:
             )
         return Served(tracking, url, unquote(parts.path).strip("/"))
     if parts.scheme not in ("", "file"):
-        raise RegistryError(f"{url}: its artifacts are behind a server ({parts.scheme}:); give that server's mlflow://host:port")
+        raise RegistryError(
+            f"{url}: its artifacts are behind a server ({parts.scheme}:); give that server's mlflow://host:port"
+        )
     return Local(url, Path(unquote(parts.path) if parts.scheme else uri))

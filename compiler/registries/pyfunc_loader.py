@@ -79,7 +79,10 @@ class Predictor:
             words = [self.tokenizer.convert_ids_to_tokens(row) for row in coded["input_ids"]]
             special = set(self.tokenizer.all_special_tokens)
             rows = zip(outputs["logits"], words, strict=True)
-            return [[{"token": w, **self._label(r)} for r, w in zip(row, line, strict=True) if w not in special] for row, line in rows]
+            return [
+                [{"token": w, **self._label(r)} for r, w in zip(row, line, strict=True) if w not in special]
+                for row, line in rows
+            ]
         return [{name: value[index] for name, value in outputs.items()} for index in range(len(texts))]
 
     def _label(self, logits: np.ndarray[Any, Any]) -> dict[str, Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from compiler.errors import ReleaseError
-from compiler.hashing import CHUNK, sync
+from compiler.hashing import CHUNK, digest, sync
 from compiler.manifest import MANIFEST, OUTSIDE, Manifest, from_bytes
+from compiler.registries import Parcel
 from compiler.store import write_file
 from compiler.types import File
 
@@ -46,6 +50,13 @@ def retrying(work: Callable[[], T], give_up: Callable[[FaultError], Exception]) 
         raise give_up(fault) from fault
 
 
+def key_of(parcel: Parcel) -> str:
+    """The digest (hex) of all that a push sends, signatures and a recorded benchmark included, which the manifest's identity
+    leaves out: two pushes that share it send the same bytes."""
+    manifest = hashlib.sha256(parcel.content).hexdigest()
+    return digest([[MANIFEST, manifest], *sorted([file.path, file.sha256] for file in parcel.files)])
+
+
 def receive(
     folder: Path,
     where: str,
@@ -76,9 +87,16 @@ def receive(
     if manifest.identity != digest:
         raise ReleaseError(f"{where}: holds another manifest than its name says; it is damaged, do not use it")
     root = folder.resolve()
+    if sum(file.size for file in manifest.every_file) > shutil.disk_usage(root).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     for file in manifest.every_file:
         target = folder / file.path
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ReleaseError(f"{where}: names {file.path} below what is a file; do not use it") from None
+        if os.path.lexists(target):
+            raise ReleaseError(f"{where}: {file.path} is another file's name on this disk; do not use it")
         if not target.parent.resolve().is_relative_to(root):
             raise ReleaseError(f"{where}: {file.path} leads out of the release; do not use it")
         retry(lambda file=file, target=target: _download(file, target, where, read))  # type: ignore[misc]
@@ -110,7 +128,10 @@ def _download(
 
 
 def chunks_of(path: Path) -> Iterator[bytes]:
-    """A file's content, a piece at a time."""
-    with open(path, "rb") as stream:
-        while chunk := stream.read(CHUNK):
-            yield chunk
+    """The content of a release's file, a piece at a time. Raises ReleaseError when it cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            while chunk := stream.read(CHUNK):
+                yield chunk
+    except OSError as error:
+        raise ReleaseError(f"{path}: cannot be read ({error.strerror})") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compiler.errors import StageError
-from compiler.hashing import canonical, copy, hash_file
+from compiler.hashing import canonical, copy, hash_file, sync_folder
 from compiler.manifest import MANIFEST, SAMPLES, VALIDATION, Manifest, to_bytes
 from compiler.store import Entry, write_file, writing
 from compiler.types import Artifact, File
@@ -50,7 +50,7 @@ def package(
         write_file(aside / MANIFEST, to_bytes(whole))
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(aside, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     return whole
 
 
@@ -61,11 +61,3 @@ def _put(aside: Path, source: Path, path: str, expected: File | None) -> File:
     if expected is not None and (written.sha256, written.size) != (expected.sha256, expected.size):
         raise StageError(f"packaging: {source}: changed while the build ran; build again")
     return written
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,9 +1,15 @@
-"""Tiny hand-made releases: a manifest that is whole and a few small files, for tests to which the model does not matter."""
+"""Tiny hand-made releases, for tests to which the model does not matter, and processes that push and pull them at once."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+
+import pytest
 
 from compiler.hashing import canonical, hash_file
 from compiler.manifest import MANIFEST, VALIDATION, Manifest, Source, from_bytes, to_bytes
@@ -68,3 +74,65 @@ def manifest_of(
         steps={},
         key="0" * 64,
     )
+
+
+def start(*lines: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Run lines of Python in a process of their own, with `push`, `pull`, `connect`, `Path` and `die` (kill -9) to hand."""
+    program = (
+        "import os, signal, time",
+        "from pathlib import Path",
+        "from compiler.errors import CompileError",
+        "from compiler.registries import connect",
+        "from compiler.stages.publish import pull, push",
+        "die = lambda: os.kill(os.getpid(), signal.SIGKILL)",
+        *lines,
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", "\n".join(program)],
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*processes: subprocess.Popen[str], code: int = 0) -> list[str]:
+    """Wait for processes to end with an exit code; what each printed, without the final newline."""
+    ended = [(process.communicate(timeout=60), process.returncode) for process in processes]
+    for (_, stderr), returned in ended:
+        assert returned == code, stderr
+    return [stdout.strip() for (stdout, _), _ in ended]
+
+
+def race(folder: Path, *tries: str, environment: Mapping[str, str] | None = None) -> list[str]:
+    """Run lines of Python, each in a process of its own, all at the same moment. What each printed: `won`, `lost` and why."""
+    gate = folder / "gate"
+    processes = []
+    for number, line in enumerate(tries):
+        lines = (
+            f"Path({str(folder / f'ready{number}')!r}).touch()",
+            f"while not os.path.exists({str(gate)!r}): time.sleep(0.0005)",
+            "try:",
+            f"    {line}",
+            "    print('won')",
+            "except CompileError as error:",
+            "    print('lost', error)",
+        )
+        processes.append(start(*lines, environment=environment))
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("ready*"))) < len(tries):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    gate.touch()
+    answers = finish(*processes)
+    for left in (gate, *folder.glob("ready*")):
+        left.unlink()
+    return answers
+
+
+def one_line(caught: pytest.ExceptionInfo[BaseException], *words: str) -> str:
+    """The one line of an error, which holds all of these words."""
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+    return message

@@ -55,7 +55,12 @@ class Server:
 
     def start(self) -> None:
         address = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        stored = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination", str(self.folder / "a")]
+        stored = [
+            "--backend-store-uri",
+            f"sqlite:///{self.folder}/mlflow.db",
+            "--artifacts-destination",
+            str(self.folder / "a"),
+        ]
         quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
@@ -269,7 +274,9 @@ def test_500_on_the_nth_request(proxy: Proxy, url: str, release: Path, nth: int)
     assert publish.pull(url, release.parent / "pulled")[1]
 
 
-@pytest.mark.parametrize("path", ["model-versions/create", "registered-models/create", "runs/create", "experiments/create", BIG])
+@pytest.mark.parametrize(
+    "path", ["model-versions/create", "registered-models/create", "runs/create", "experiments/create", BIG]
+)
 def test_lost_answer(proxy: Proxy, url: str, release: Path, path: str) -> None:
     """The server did its work and the client asks again: one version all the same, and it is this push's."""
     proxy.inject(Fault(path=path, lost=True))
@@ -324,9 +331,7 @@ def test_corrupted_on_the_way_and_on_the_disk(server: Server, proxy: Proxy, url:
         ((File(MANIFEST, "0" * 64, 1),), "names manifest.json"),
     ],
 )
-def test_hostile_manifest(
-    server: Server, url: str, release: Path, tmp_path: Path, files: tuple[File, ...], says: str
-) -> None:
+def test_hostile_manifest(server: Server, url: str, release: Path, tmp_path: Path, files: tuple[File, ...], says: str) -> None:
     publish.push(release, url, ("latest",))
     stored(server, MANIFEST)[-1].write_bytes(to_bytes(manifest_of(files)))
     with pytest.raises(ReleaseError, match=says) as caught:

@@ -1,0 +1,351 @@
+"""s3:// and what else fsspec reaches: object stores, which have no rename, but can create an object only where there is none.
+
+    <root>/objects/<key>/…       a release's files, by the digest of all that a push sends, so that two pushes never mix
+    <root>/versions/1.0.0        names the key and the manifest's digest; created last and never again: the version
+    <root>/aliases/latest        the version that an alias names, on one line; replaced in one step
+
+What is in objects/ and no version names is what an interrupted push has sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+from urllib.parse import urlsplit
+
+from compiler.config import SEMVER
+from compiler.errors import CompileError, RegistryError, ReleaseError
+from compiler.hashing import canonical
+from compiler.manifest import MANIFEST
+from compiler.registries import (
+    ALIAS,
+    ALIAS_BYTES,
+    DIGEST,
+    SCHEMES,
+    Parcel,
+    Registry,
+    TakenError,
+    Version,
+    match,
+    precedence,
+    read_alias,
+)
+from compiler.registries.transfer import SMALL_BYTES, FaultError, chunks_of, key_of, receive, retrying
+from compiler.types import File
+
+T = TypeVar("T")
+
+OBJECTS, VERSIONS, ALIASES = "objects", "versions", "aliases"
+POINTER_BYTES = 4096
+# What one request carries: an upload's part (S3 takes at least 5 MiB, and at most 10,000 of them) and a download's range.
+BLOCK = 16 << 20
+MAX_PARTS = 9_000
+# Files on the way at once; each holds a block in memory.
+AT_ONCE = 4
+S3 = ("s3", "s3a")
+# Where two pushes of one version cannot both succeed, because the store itself refuses to create an object twice.
+CREATES = (*S3, "memory")
+NEEDS = {"s3": "s3", "s3a": "s3"}
+VARIABLES = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "s3a": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "gcs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    "abfs": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+# Faults of a connection, by the names of their classes in botocore, aiohttp, requests and fsspec: none of them need be here.
+FAULTS = {
+    "HTTPClientError", "ClientConnectionError", "ClientPayloadError", "IncompleteReadError", "IncompleteRead",
+    "ResponseParserError", "ResponseStreamingError", "FlexibleChecksumError", "FSTimeoutError", "RequestException", "ConnectionError", "TimeoutError",
+}  # fmt: skip
+
+
+def connect(url: str) -> Registry:
+    """The registry at an fsspec URL. Nothing is asked of the store before the first call.
+
+    Raises:
+        RegistryError: fsspec knows no such scheme, or its package is not installed.
+    """
+    import fsspec
+
+    parts = urlsplit(url)
+    scheme = parts.scheme
+    if parts.query or parts.fragment:
+        raise RegistryError(f"{url}: a registry's URL has no ? or #; leave it out")
+    if not parts.netloc:
+        raise RegistryError(f"{url}: names no bucket; a registry's URL is {scheme}://BUCKET/PATH")
+    try:
+        implementation = fsspec.get_filesystem_class(scheme)
+    except ValueError:
+        raise RegistryError(f"{url}: nothing serves {scheme}://; give {SCHEMES}") from None
+    except ImportError as error:
+        package = f"pip install 'aot-model-compiler[{NEEDS[scheme]}]'" if scheme in NEEDS else " ".join(str(error).split())
+        raise RegistryError(f"{url}: {scheme}:// needs a package that is not installed: {package}") from error
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if scheme in S3:
+        # We try again ourselves; three layers that each try five times would take minutes to say that a server is away.
+        given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **given}
+    filesystem = implementation(**options)
+    if scheme in S3:
+        filesystem.retries = 1
+    return Objects(url, scheme, filesystem, filesystem._strip_protocol(url))
+
+
+@dataclass(frozen=True)
+class Objects:
+    """See `compiler.registries.Registry`. `root` is what fsspec calls the place, without the scheme."""
+
+    url: str
+    scheme: str
+    filesystem: Any
+    root: str
+    hashes: ClassVar[bool] = True
+
+    def list(self) -> tuple[Version, ...]:
+        aliases = self._aliases()
+        releases = sorted((name for name in self._names(VERSIONS) if re.fullmatch(SEMVER, name)), key=precedence)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            found = pool.map(lambda release: self._version(release, aliases), releases)
+            return tuple(version for version in found if version is not None)
+
+    def resolve(self, reference: str) -> Version | None:
+        if DIGEST.fullmatch(reference):
+            return match(self.list(), reference)
+        aliases = self._aliases()
+        release = aliases.get(reference, reference)
+        if not re.fullmatch(SEMVER, release):
+            return None
+        version = self._version(release, aliases)
+        if version is None and release != reference:
+            raise RegistryError(f"{self.url}: {reference} names {release}, which is not there; move it, or push {release}")
+        return version
+
+    def push(self, parcel: Parcel) -> None:
+        if self.scheme not in CREATES:
+            raise RegistryError(
+                f"{self.url}: {self.scheme}:// cannot be kept from replacing a published version; push to {SCHEMES}"
+            )
+        key, release = key_of(parcel), parcel.manifest.release
+        # The largest first, so that no thread is left with it alone at the end.
+        files = sorted(parcel.files, key=lambda file: -file.size)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for sent in [pool.submit(self._put, parcel.path, file, f"{OBJECTS}/{key}/{file.path}") for file in files]:
+                try:
+                    sent.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        self._try(lambda: self.filesystem.pipe_file(self._at(f"{OBJECTS}/{key}/{MANIFEST}"), parcel.content))
+        pointer = canonical({"content": key, "digest": parcel.manifest.identity, "release": release})
+        try:
+            self._try(lambda: self.filesystem.pipe_file(self._at(f"{VERSIONS}/{release}"), pointer, mode="create"))
+        except FileExistsError as error:
+            raise TakenError(f"{self.url}: {release} was published by somebody else meanwhile") from error
+
+    def alias(self, name: str, version: Version) -> None:
+        content = f"{version.release}\n".encode()
+        self._try(lambda: self.filesystem.pipe_file(self._at(f"{ALIASES}/{name}"), content))
+
+    def pull(self, version: Version, folder: Path) -> None:
+        where = f"{self.url}@{version.release}"
+        pointer = self._pointer(version.release)
+        if pointer is None or pointer["digest"] != version.digest:
+            raise RegistryError(f"{where}: changed while it was fetched; do not use it")
+        place = f"{OBJECTS}/{pointer['content']}"
+
+        def small(name: str) -> bytes | None:
+            content = self._small(f"{place}/{name}", SMALL_BYTES)
+            if content is not None and len(content) > SMALL_BYTES:
+                raise ReleaseError(f"{where}: {name} is larger than any manifest; do not use it")
+            return content
+
+        @contextlib.contextmanager
+        def read(file: File) -> Iterator[Iterator[bytes]]:
+            yield self._chunks(f"{place}/{file.path}", f"{where}: {file.path}")
+
+        receive(folder, where, version.digest, small, read, lambda work: retrying(work, self._give_up))
+
+    def _put(self, source: Path, file: File, path: str) -> None:
+        """Send a file, unless it is there whole. It is hashed as it is sent, and dropped when it is not the manifest's.
+
+        Raises:
+            ReleaseError: it is not what the manifest says.
+        """
+        if self._try(lambda: self._there(path, file)):
+            return
+        retrying(lambda: self._send(source, file, path), self._give_up)
+
+    def _send(self, source: Path, file: File, path: str) -> None:
+        named = {"Metadata": {"sha256": file.sha256}} if self.scheme in S3 else {}
+        with self._telling():
+            writer = self.filesystem.open(self._at(path), "wb", block_size=max(BLOCK, -(-file.size // MAX_PARTS)), **named)
+        try:
+            hasher = hashlib.sha256()
+            for chunk in chunks_of(source / file.path):
+                hasher.update(chunk)
+                with self._telling():
+                    writer.write(chunk)
+            if hasher.hexdigest() != file.sha256:
+                raise ReleaseError(f"{source}: {file.path} is not what the manifest says (sha256); do not use this release")
+            with self._telling():
+                writer.close()
+        except BaseException:
+            # What was sent of it is dropped where the store can be told so; else its own rules for what is unfinished do.
+            with contextlib.suppress(Exception):
+                writer.discard()
+            writer.closed = True
+            raise
+
+    def _there(self, path: str, file: File) -> bool:
+        """Whether an earlier push sent a file whole. A name and a size are not believed: S3 keeps the sha256 that we gave
+        when the upload was complete, elsewhere the object is read and hashed again."""
+        at = self._at(path)
+        try:
+            if self.scheme in S3:
+                bucket, key, _ = self.filesystem.split_path(at)
+                head = self.filesystem.call_s3("head_object", Bucket=bucket, Key=key)
+                return bool(head["ContentLength"] == file.size and head["Metadata"].get("sha256") == file.sha256)
+            if self.filesystem.info(at)["size"] != file.size:
+                return False
+        except FileNotFoundError:
+            return False
+        hasher = hashlib.sha256()
+        for chunk in self._chunks(path, path):
+            hasher.update(chunk)
+        return hasher.hexdigest() == file.sha256
+
+    def _chunks(self, path: str, where: str) -> Iterator[bytes]:
+        """An object's content. Raises FaultError for what may pass."""
+        with self._telling():
+            try:
+                stream = self.filesystem.open(self._at(path), "rb", cache_type="none")
+            except FileNotFoundError:
+                raise ReleaseError(f"{where} is missing; it is damaged, do not use it") from None
+        with stream:
+            while True:
+                with self._telling():
+                    chunk = stream.read(BLOCK)
+                if not chunk:
+                    return
+                yield chunk
+
+    def _pointer(self, release: str) -> dict[str, str] | None:
+        """What names a version's content; None where there is no such version."""
+        path = f"{VERSIONS}/{release}"
+        content = self._small(path, POINTER_BYTES)
+        if content is None:
+            return None
+        try:
+            pointer = json.loads(content)
+            sound = pointer["release"] == release and all(
+                re.fullmatch("[0-9a-f]{64}", pointer[name]) for name in ("content", "digest")
+            )
+        except (ValueError, KeyError, TypeError, RecursionError):
+            sound = False
+        if not sound:
+            raise RegistryError(f"{self.url}/{path}: is not what a push writes; the version is damaged, do not use it")
+        return dict(pointer)
+
+    def _version(self, release: str, aliases: Mapping[str, str]) -> Version | None:
+        if (pointer := self._pointer(release)) is None:
+            return None
+        named = tuple(sorted(name for name, other in aliases.items() if other == release))
+        return Version(release, pointer["digest"], named)
+
+    def _aliases(self) -> dict[str, str]:
+        """The aliases: name → version."""
+        names = [name for name in self._names(ALIASES) if ALIAS.fullmatch(name)]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            contents = tuple(pool.map(lambda name: self._small(f"{ALIASES}/{name}", ALIAS_BYTES), names))
+        return {
+            name: read_alias(content, f"{self.url}/{ALIASES}/{name}")
+            for name, content in zip(names, contents, strict=True)
+            if content is not None
+        }
+
+    def _names(self, folder: str) -> tuple[str, ...]:
+        try:
+            found = self._try(lambda: self.filesystem.ls(self._at(folder), detail=False))
+        except FileNotFoundError:
+            return ()
+        return tuple(name.rstrip("/").rpartition("/")[2] for name in found)
+
+    def _small(self, path: str, limit: int) -> bytes | None:
+        """The first bytes of an object, one more than `limit` at most; None where there is none."""
+        try:
+            return bytes(self._try(lambda: self.filesystem.cat_file(self._at(path), start=0, end=limit + 1)))
+        except FileNotFoundError:
+            return None
+        except EOFError:
+            return b""
+
+    def _at(self, path: str) -> str:
+        return f"{self.root}/{path}"
+
+    def _try(self, work: Callable[[], T]) -> T:
+        """Raises FileNotFoundError and FileExistsError besides RegistryError: what they mean is for the caller to say."""
+
+        def once() -> T:
+            with self._telling():
+                return work()
+
+        return retrying(once, self._give_up)
+
+    def _give_up(self, fault: FaultError) -> RegistryError:
+        return RegistryError(f"{self.url}: {fault}; tried again and again; see that the store can be reached")
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Turn what fsspec's implementations raise into faults that may pass, and errors in one line."""
+        try:
+            yield
+        except (CompileError, FaultError):
+            raise
+        except Exception as error:
+            status, code = _answer(error)
+            if isinstance(error, FileExistsError) or status == 412:
+                raise FileExistsError from error
+            if status == 416:
+                raise EOFError from error  # not even a first byte
+            if code == "NoSuchBucket":
+                raise RegistryError(f"{self.url}: there is no such bucket; make it, or correct the URL") from error
+            if isinstance(error, FileNotFoundError):
+                raise
+            names = {kind.__name__ for kind in type(error).__mro__}
+            if status in (401, 403) or isinstance(error, PermissionError) or any("Credential" in name for name in names):
+                variables = VARIABLES.get(self.scheme, f"what fsspec's {self.scheme} takes (FSSPEC_{self.scheme.upper()}_…)")
+                refused = f"refused ({code or status})" if status else "has no credentials to show"
+                raise RegistryError(f"{self.url}: {refused}; set {variables}, of somebody who may") from error
+            short = _short(error)
+            if names & FAULTS or status in (408, 409, 425, 429) or (status or 0) >= 500:
+                raise FaultError(f"{code or status}: {short}" if status else short) from error
+            raise RegistryError(f"{self.url}: {short}") from error
+
+
+def _answer(error: BaseException) -> tuple[int | None, str]:
+    """The HTTP status and the store's own code for an error, from wherever the implementation keeps it."""
+    link: BaseException | None = error
+    while link is not None:
+        response = getattr(link, "response", None)
+        if isinstance(response, dict):
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), str(response.get("Error", {}).get("Code", ""))
+        for holder in (link, response):
+            for name in ("status_code", "status", "code"):
+                if isinstance(status := getattr(holder, name, None), int):
+                    return status, ""
+        link = link.__cause__
+    return None, ""
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
