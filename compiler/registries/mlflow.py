@@ -2,7 +2,7 @@
 
     <run>/artifacts/model/release/…   the release's files, beside MLmodel and code/ with `?pyfunc=true`
     model version N of `name`         tags: compile.release, compile.digest, compile.formats, …; its source is that folder
-    registered model `name`           aliases; those that MLflow has no room for (latest, v2, a.b) as tags compile.alias.<alias>
+    registered model `name`           aliases; those that MLflow has no room for (latest, v2, a.b) as tags compile.alias.…
 
 A version is made in one step, with its tags, after all files are there. MLflow does not refuse a second version with the
 same release, but numbers them in order: the lowest number with a release is that release, for every reader and from the moment
@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from compiler.config import SEMVER
@@ -29,6 +28,7 @@ from compiler.registries import Parcel, Registry, TakenError, Version, match, pr
 from compiler.registries.mlflow_transport import (
     Artifacts,
     MissingError,
+    Outgoing,
     absent,
     artifacts,
     call,
@@ -94,6 +94,7 @@ class Model:
     tracking: str
     folder: Path | None
     pyfunc: bool
+    hashes: ClassVar[bool] = True
 
     def list(self) -> tuple[Version, ...]:
         return tuple(found.version for found in self._all())
@@ -102,8 +103,8 @@ class Model:
         versions = self.list()
         if (version := match(versions, reference)) is None and (number := self._aliases().get(reference)) is not None:
             raise RegistryError(
-                f"{self.url}: {reference} names MLflow's version {number}, which is no release of this compiler; fetch it with "
-                f"MLflow, or name {', '.join(found.release for found in versions[-3:]) or 'another model'}"
+                f"{self.url}: {reference} names MLflow's version {number}, which no push of ours made; fetch it with MLflow, "
+                f"or name {', '.join(found.release for found in versions[-3:]) or 'another model'}"
             )
         return version
 
@@ -117,7 +118,7 @@ class Model:
                 from compiler.registries.pyfunc import files_of
 
                 for path, content in files_of(parcel.manifest).items():
-                    self._put(store, path, partial(io.BytesIO, content), len(content))
+                    self._put(store, path, content)
             if self._first(parcel.manifest.release) is not None:
                 raise TakenError(f"{self.url}: {parcel.manifest.release} was published meanwhile, by another push")
             # A run that is finished is not taken up again: were its version deleted, a new push sends every file anew.
@@ -268,11 +269,9 @@ class Model:
         experiment = self._experiment()
         found = self._call("search_runs", [experiment], f"tags.`{KEY}` = '{key}' and attributes.status = 'RUNNING'")
         manifest = parcel.manifest
-        run = (
-            found[0]
-            if found
-            else self._call("create_run", experiment, tags={KEY: key, **_tags(manifest)}, run_name=_title(manifest))
-        )
+        tags = {KEY: key, **_tags(manifest)}
+        title = f"{manifest.name} {manifest.release}"
+        run = found[0] if found else self._call("create_run", experiment, tags=tags, run_name=title)
         return run.info.run_id, f"{run.info.artifact_uri}/{MODEL}"
 
     def _send(self, parcel: Parcel, run: str, store: Artifacts) -> None:
@@ -283,10 +282,10 @@ class Model:
         for file in parcel.files:
             if file in noted and there.get(file.path) == file.size:
                 continue
-            self._put(store, f"{FILES}/{file.path}", partial(open, parcel.path / file.path, "rb"), file.size)
+            self._put(store, f"{FILES}/{file.path}", Outgoing(parcel.path / file.path, file))
             if file.size >= NOTED_BYTES:
                 self._call("set_tag", run, _note(file), file.path)
-        self._put(store, f"{FILES}/{MANIFEST}", partial(io.BytesIO, parcel.content), len(parcel.content))
+        self._put(store, f"{FILES}/{MANIFEST}", parcel.content)
 
     def _sizes(self, run: str, folders: set[str]) -> dict[str, int]:
         """The sizes of the artifacts in some folders of a release. MLflow knows no hashes."""
@@ -294,8 +293,8 @@ class Model:
         listed = [found for folder in folders for found in self._call("list_artifacts", run, f"{root}/{folder}".rstrip("/"))]
         return {found.path.removeprefix(f"{root}/"): found.file_size for found in listed if not found.is_dir}
 
-    def _put(self, store: Artifacts, path: str, open_content: Callable[[], BinaryIO], size: int) -> None:
-        retrying(lambda: store.put(path, open_content, size), self._give_up)
+    def _put(self, store: Artifacts, path: str, content: bytes | Outgoing) -> None:
+        retrying(lambda: store.put(path, content), self._give_up)
 
     def _publish(self, manifest: Manifest, run: str, root: str) -> None:
         tags = _tags(manifest)
@@ -324,10 +323,6 @@ def _tags(manifest: Manifest) -> dict[str, str]:
         "compile.compiler": manifest.compiler,
     }
     return {name: value[:5000] for name, value in tags.items()}  # MLflow's limit on a tag
-
-
-def _title(manifest: Manifest) -> str:
-    return f"{manifest.name} {manifest.release}"
 
 
 def _note(file: File) -> str:

@@ -7,18 +7,20 @@ nowhere else: what a server says of other places, a path on this machine among t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-from compiler.errors import RegistryError
+from compiler.errors import CompileError, RegistryError, ReleaseError
 from compiler.hashing import CHUNK, sync
 from compiler.registries.transfer import FaultError, chunks_of, retrying
+from compiler.types import File
 
 T = TypeVar("T")
 
@@ -37,10 +39,40 @@ class MissingError(Exception):
     """There is no such artifact."""
 
 
+class Outgoing:
+    """A file on its way out: its length, and its content piece by piece, hashed as it goes.
+
+    Raises:
+        ReleaseError: it is not what the manifest says that it is, or cannot be read.
+    """
+
+    def __init__(self, path: Path, file: File) -> None:
+        self.path = path
+        self.file = file
+
+    def __len__(self) -> int:
+        return self.file.size
+
+    def __iter__(self) -> Iterator[bytes]:
+        hasher = hashlib.sha256()
+        left = self.file.size
+        try:
+            for chunk in chunks_of(self.path):
+                left -= len(chunk)
+                hasher.update(chunk)
+                if left < 0:
+                    break
+                yield chunk
+        except OSError as error:
+            raise ReleaseError(f"{self.path}: cannot be read ({error.strerror}); the release is damaged") from error
+        if left or hasher.hexdigest() != self.file.sha256:
+            raise ReleaseError(f"{self.path}: is not what the manifest says (sha256, size); build or fetch the release again")
+
+
 class Artifacts(Protocol):
     """The artifacts below one place. Faults leave it as FaultError, refusals as RegistryError."""
 
-    def put(self, path: str, open_content: Callable[[], BinaryIO], size: int) -> None:
+    def put(self, path: str, content: bytes | Outgoing) -> None:
         """Write an artifact, which appears whole or not at all."""
 
     def get(self, path: str) -> contextlib.AbstractContextManager[Iterator[bytes]]:
@@ -108,6 +140,8 @@ def told(error: Any, url: str) -> Exception:
     # A request that never came to an answer has status 500 too, and the reason behind it.
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, CompileError):  # what was to be sent is at fault
+            return cause
         if match := re.search(r"too many (\d{3}) error responses", str(cause)):
             return FaultError(f"answers {match[1]}")
         if type(cause).__module__.startswith(("requests", "urllib3")):
@@ -146,10 +180,9 @@ class Served:
     url: str
     root: str
 
-    def put(self, path: str, open_content: Callable[[], BinaryIO], size: int) -> None:
-        with open_content() as content:
-            # An empty stream has no length for the library to find; an empty text has.
-            self._request("PUT", path, data=content if size else b"").close()
+    def put(self, path: str, content: bytes | Outgoing) -> None:
+        # A stream of no bytes would go in chunks, without a length.
+        self._request("PUT", path, data=content if len(content) else b"").close()
 
     @contextlib.contextmanager
     def get(self, path: str) -> Iterator[Iterator[bytes]]:
@@ -193,22 +226,23 @@ class Local:
     url: str
     root: Path
 
-    def put(self, path: str, open_content: Callable[[], BinaryIO], size: int) -> None:
+    def put(self, path: str, content: bytes | Outgoing) -> None:
         target = self.root / path
         aside = target.with_name(f".{target.name}.part")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open_content() as content, open(aside, "wb") as writer:
-                while chunk := content.read(CHUNK):
+            with open(aside, "wb") as writer:
+                for chunk in [content] if isinstance(content, bytes) else content:
                     writer.write(chunk)
                 sync(writer)
             os.replace(aside, target)
         except OSError as error:
+            raise RegistryError(
+                f"{self.url}: {target}: cannot be written ({error.strerror}); mend that and push again"
+            ) from error
+        finally:
             with contextlib.suppress(OSError):
                 os.unlink(aside)
-            raise RegistryError(
-                f"{self.url}: {target}: cannot be written ({error.strerror}); make it so, then push again"
-            ) from error
 
     @contextlib.contextmanager
     def get(self, path: str) -> Iterator[Iterator[bytes]]:

@@ -1,4 +1,4 @@
-"""The `python_function` flavour of a release in MLflow: what lies beside its files so that `mlflow.pyfunc.load_model` opens it.
+"""MLflow's `python_function` flavour: what lies beside a release's files so that `mlflow.pyfunc.load_model` opens it.
 
 Nothing of it is part of the release: `pull` gives back what was pushed, and no more.
 """

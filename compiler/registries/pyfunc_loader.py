@@ -76,13 +76,12 @@ class Predictor:
         if task == "text-classification":
             return [self._label(row) for row in outputs["logits"]]
         if task == "token-classification":
-            words = [self.tokenizer.convert_ids_to_tokens(row) for row in coded["input_ids"]]
             special = set(self.tokenizer.all_special_tokens)
-            rows = zip(outputs["logits"], words, strict=True)
-            return [
-                [{"token": w, **self._label(r)} for r, w in zip(row, line, strict=True) if w not in special]
-                for row, line in rows
-            ]
+            answers = []
+            for row, ids in zip(outputs["logits"], coded["input_ids"], strict=True):
+                tokens = zip(self.tokenizer.convert_ids_to_tokens(ids), row, strict=True)
+                answers.append([{"token": token, **self._label(score)} for token, score in tokens if token not in special])
+            return answers
         return [{name: value[index] for name, value in outputs.items()} for index in range(len(texts))]
 
     def _label(self, logits: np.ndarray[Any, Any]) -> dict[str, Any]:

@@ -27,10 +27,8 @@ from compiler.registries import transfer
 from compiler.registries.mlflow import Model
 from compiler.stages import publish
 from compiler.types import File
-from tests.conftest import Command, run_command, write_pipeline
 from tests.registries.conftest import make_release, manifest_of
 from tests.registries.proxy import ALWAYS, Fault, Proxy
-from tests.zoo import save_checkpoint
 
 BIG = "onnx/model.onnx"
 FILES = {"config.json": b"{}\n", "empty": b"", "a b/ü+=%.txt": b"x", BIG: bytes(range(256)) * (3 << 13)}  # 6 MB
@@ -54,17 +52,18 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        address = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        stored = [
-            "--backend-store-uri",
-            f"sqlite:///{self.folder}/mlflow.db",
-            "--artifacts-destination",
-            str(self.folder / "a"),
-        ]
+        options = {
+            "--host": "127.0.0.1",
+            "--port": str(self.port),
+            "--workers": "1",
+            "--backend-store-uri": f"sqlite:///{self.folder}/mlflow.db",
+            "--artifacts-destination": str(self.folder / "a"),
+        }
+        given = [word for option in options.items() for word in option]
         quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *address, *stored, "--serve-artifacts", *self.options],
+                [sys.executable, "-m", "mlflow", "server", *given, "--serve-artifacts", *self.options],
                 env={**os.environ, **quiet, **self.environment},
                 cwd=self.folder,
                 stdout=log,
@@ -88,8 +87,9 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Iterator[Server]:
     started = Server(tmp_path_factory.mktemp("server"))
+    shutil.copy(database, started.folder)
     started.start()
     yield started
     started.kill()
@@ -292,7 +292,7 @@ def test_broken_transfers(proxy: Proxy, url: str, release: Path) -> None:
     assert publish.pull(f"{url}@1.0.0", release.parent / "pulled")[1]
     shutil.rmtree(release.parent / "pulled")
     proxy.inject(Fault(method="GET", path=BIG, cut=100_000, times=ALWAYS))
-    with pytest.raises(RegistryError, match="broke off|ends after") as caught:
+    with pytest.raises(RegistryError, match=r"broke off|ends after") as caught:
         publish.pull(f"{url}@1.0.0", release.parent / "pulled")
     one_line(caught)
     assert not (release.parent / "pulled").exists()
@@ -419,7 +419,7 @@ def test_server_killed_in_the_middle(server: Server, proxy: Proxy, url: str, tmp
 
     killer = when(receiving, server.kill)
     try:
-        with pytest.raises(RegistryError, match="connection|broke off"):
+        with pytest.raises(RegistryError, match=r"connection|broke off"):
             publish.pull(url, tmp_path / "pulled")
         assert not (tmp_path / "pulled").exists()
         assert not list(tmp_path.glob("scratch-*"))
@@ -509,10 +509,10 @@ def test_versions_of_others_are_no_releases(url: str, release: Path, tmp_path: P
     assert registries.connect(url).list() == ()
     assert publish.push(release, url, ("latest",)).made
     assert [found.release for found in registries.connect(url).list()] == ["1.0.0"]
-    with pytest.raises(RegistryError, match="champion names MLflow's version 1, which is no release") as caught:
+    with pytest.raises(RegistryError, match="champion names MLflow's version 1, which no push of ours made") as caught:
         publish.pull(f"{url}@champion", tmp_path / "pulled")
     one_line(caught)
-    with pytest.raises(RegistryError, match="has no unknown; it has 1.0.0"):
+    with pytest.raises(RegistryError, match=r"has no unknown; it has 1\.0\.0"):
         publish.pull(f"{url}@unknown", tmp_path / "pulled")
 
 
@@ -524,6 +524,19 @@ def test_a_server_that_names_other_places_is_not_followed(url: str, release: Pat
         publish.push(release, url)
     one_line(caught)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_file_that_changes_while_it_is_sent(place: str, release: Path, tmp_path: Path) -> None:
+    content = (release / BIG).read_bytes()
+    for wrong in (content[:-1] + b"?", content + b"more"):
+        (release / BIG).write_bytes(wrong)
+        with pytest.raises(ReleaseError, match="onnx/model.onnx: is not what the manifest says") as caught:
+            publish.push(release, place)
+        one_line(caught)
+        assert registries.connect(place).list() == ()
+    (release / BIG).write_bytes(content)
+    assert publish.push(release, place, ("latest",)).made
+    publish.pull(place, tmp_path / "pulled")
 
 
 def test_folder_that_cannot_be_written(release: Path, tmp_path: Path) -> None:
