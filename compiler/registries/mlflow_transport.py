@@ -181,8 +181,9 @@ class Served:
     root: str
 
     def put(self, path: str, content: bytes | Outgoing) -> None:
-        # A stream of no bytes would go in chunks, without a length.
-        self._request("PUT", path, data=content if len(content) else b"").close()
+        if isinstance(content, Outgoing) and not len(content):
+            content = b"".join(content)  # a stream of no bytes would go without a length
+        self._request("PUT", path, data=content).close()
 
     @contextlib.contextmanager
     def get(self, path: str) -> Iterator[Iterator[bytes]]:

@@ -209,6 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             self.received += len(piece)
+        if response.length:  # the server went away in the middle
+            raise _BrokenError
         if chunked:
             self.wfile.write(b"0\r\n\r\n")
 
