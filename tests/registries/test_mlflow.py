@@ -114,11 +114,30 @@ def url(proxy: Proxy, name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database, which takes MLflow seconds to make."""
-    folder = tmp_path_factory.mktemp("database")
-    client(f"mlflow://{folder}/tiny").search_experiments()
-    return folder / "mlflow.db"
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The first push into a folder, which makes its database, and a pull, in a process of their own."""
+    folder = tmp_path_factory.mktemp("first")
+    make_release(folder / "release", FILES)
+    script = (
+        "import sys; from pathlib import Path; from compiler.stages import publish; "
+        "publish.push(Path(sys.argv[1]), sys.argv[2], ('latest',)); publish.pull(sys.argv[2], Path(sys.argv[3])); "
+        "from mlflow.telemetry import get_telemetry_client; assert get_telemetry_client() is None"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(folder / "release"), f"mlflow://{folder}/store/first", str(folder / "pulled")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    return folder, ran
+
+
+@pytest.fixture(scope="module")
+def database(first: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
+    """A database, which takes MLflow seconds to make."""
+    return first[0] / "store" / "mlflow.db"
 
 
 @pytest.fixture(params=["server", "folder"])
@@ -579,20 +598,10 @@ def test_real_login(tmp_path: Path, release: Path, monkeypatch: pytest.MonkeyPat
         server.kill()
 
 
-def test_nothing_is_printed(tmp_path: Path, release: Path) -> None:
-    """Neither MLflow's progress bars, links and logs nor its telemetry come with a push."""
-    script = (
-        "import sys; from pathlib import Path; from compiler.stages import publish; "
-        "publish.push(Path(sys.argv[1]), sys.argv[2], ('latest',)); publish.pull(sys.argv[2], Path(sys.argv[3])); "
-        "from mlflow.telemetry import get_telemetry_client; assert get_telemetry_client() is None"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(release), f"mlflow://{tmp_path}/store/tiny", str(tmp_path / "pulled")],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pulled", "release", "store"]
+def test_nothing_is_printed(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """Neither MLflow's progress bars, links and logs nor its telemetry come with a push, nor files beside the folder."""
+    folder, ran = first
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    assert sorted(path.name for path in folder.iterdir()) == ["pulled", "release", "store"]
+    assert hash_folder(folder / "pulled") == hash_folder(folder / "release")
+    assert not list((folder / "store").rglob("MLmodel"))  # the pyfunc flavour comes on request
