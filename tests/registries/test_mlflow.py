@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from compiler import registries
 from compiler.errors import CompileError, RegistryError, ReleaseError, StageError
@@ -571,31 +572,51 @@ def test_looking_makes_no_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_real_login(tmp_path: Path, release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow's own basic authentication."""
-    pytest.importorskip("flask_wtf", reason="mlflow[auth] is not installed")
+@pytest.fixture
+def guarded(tmp_path: Path, database: Path) -> Iterator[Server]:
+    """A server with MLflow's own basic authentication."""
     settings = tmp_path / "auth.ini"
     settings.write_text(
         f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{tmp_path}/auth.db\n"
-        "admin_username = admin\nadmin_password = password1234\n"
+        "admin_username = admin\nadmin_password = s3cr3t-w0rd-of-admin\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
-    server = Server(
-        tmp_path,
-        "--app-name",
-        "basic-auth",
-        environment={"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": "test"},
-    )
+    environment = {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": "test"}
+    shutil.copy(database, tmp_path)
+    server = Server(tmp_path, "--app-name", "basic-auth", environment=environment)
     server.start()
-    try:
-        url = f"mlflow://127.0.0.1:{server.port}/tiny"
-        with pytest.raises(RegistryError, match="401"):
-            publish.push(release, url)
-        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
-        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "password1234")
-        assert publish.push(release, url).made
-    finally:
-        server.kill()
+    yield server
+    server.kill()
+
+
+@pytest.mark.slow  # its server hashes the password at every request
+def test_login_by_mlflows_variables(guarded: Server, release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def log_in(user: str, password: str) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+
+    url = f"mlflow://127.0.0.1:{guarded.port}/tiny"
+    with pytest.raises(RegistryError, match="401"):
+        publish.push(release, url)
+    log_in("admin", "s3cr3t-wrong")
+    with pytest.raises(RegistryError, match="401") as caught:
+        publish.push(release, url)
+    assert "s3cr3t" not in one_line(caught)
+    log_in("admin", "s3cr3t-w0rd-of-admin")
+    assert publish.push(release, url, ("latest",)).made
+    reader = {"username": "reader", "password": "s3cr3t-w0rd-of-reader"}
+    response = requests.post(
+        f"{guarded.url}/api/2.0/mlflow/users/create", json=reader, auth=("admin", "s3cr3t-w0rd-of-admin"), timeout=30
+    )
+    assert response.status_code == 200, response.text
+    log_in(*reader.values())
+    assert publish.pull(url, release.parent / "pulled")[1]
+    make_release(release.parent / "next", FILES, release="1.0.1")
+    with pytest.raises(RegistryError, match="403") as caught:
+        publish.push(release.parent / "next", url)
+    assert "s3cr3t" not in one_line(caught)
+    with pytest.raises(RegistryError, match="403"):
+        registries.connect(url).alias("prod", registries.connect(url).list()[0])
 
 
 def test_nothing_is_printed(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
