@@ -34,6 +34,7 @@ from compiler.registries.mlflow_transport import (
     call,
     client,
     exists,
+    gave_up,
 )
 from compiler.registries.transfer import SMALL_BYTES, FaultError, key_of, receive, retrying
 from compiler.store import locked
@@ -171,7 +172,7 @@ class Model:
         return call(lambda: getattr(connected, method)(*arguments, **options), self.url)
 
     def _give_up(self, fault: FaultError) -> Exception:
-        return RegistryError(f"{self.url}: {fault}; see that the server runs there, then try again")
+        return gave_up(fault, self.url)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -115,8 +115,24 @@ def call(work: Callable[[], T], url: str) -> T:
             return work()
         except MlflowException as error:
             raise told(error, url) from error
+        except Exception as error:
+            if not type(error).__module__.startswith("sqlalchemy"):
+                raise
+            raise broken(error, url) from error
 
-    return retrying(once, lambda fault: RegistryError(f"{url}: {fault}; see that the server runs there, then try again"))
+    return retrying(once, lambda fault: gave_up(fault, url))
+
+
+def gave_up(fault: FaultError, url: str) -> RegistryError:
+    """The last fault of several as an error."""
+    hint = "see that the server runs there, then" if urlsplit(url).netloc else "see that nothing else holds it, then"
+    return RegistryError(f"{url}: {fault}; {hint} try again")
+
+
+def broken(error: Exception, url: str) -> RegistryError:
+    """A database that cannot be used."""
+    reason = next(iter(str(error).strip().splitlines()), "")[:200]
+    return RegistryError(f"{url}: its database cannot be used ({reason}); restore it, or run mlflow db upgrade")
 
 
 def absent(error: BaseException | None) -> bool:
@@ -147,6 +163,8 @@ def told(error: Any, url: str) -> Exception:
         if type(cause).__module__.startswith(("requests", "urllib3")):
             return FaultError(f"cannot be reached ({_reason(cause)})")
         cause = cause.__cause__ or cause.__context__
+    if status == 500 and not urlsplit(url).netloc:
+        return broken(error, url)
     return refusal(status, url, str(error))
 
 

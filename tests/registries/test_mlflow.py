@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -564,6 +566,30 @@ def test_folder_that_cannot_be_written(release: Path, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="cannot be written") as caught:
         publish.push(release, f"mlflow://{tmp_path}/file/tiny")
     one_line(caught)
+
+
+def test_database_that_cannot_be_used(database: Path, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"no database " * 1000)
+    with pytest.raises(RegistryError, match="its database cannot be used") as caught:
+        registries.connect(f"mlflow://{tmp_path}/tiny").list()
+    one_line(caught)
+    (tmp_path / "old").mkdir()
+    shutil.copy(database, tmp_path / "old")
+    with contextlib.closing(sqlite3.connect(tmp_path / "old" / "mlflow.db")) as connection:
+        connection.execute("update alembic_version set version_num = '451aebb31d03'")
+        connection.commit()
+    with pytest.raises(RegistryError, match="mlflow db upgrade") as caught:
+        registries.connect(f"mlflow://{tmp_path}/old/tiny").list()
+    one_line(caught)
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").touch()
+    for module in ("sqlalchemy", "mlflow"):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(RegistryError, match=r"pip install 'aot-model-compiler\[mlflow\]'") as caught:
+            registries.connect(f"mlflow://{tmp_path}/tiny").list()
+        assert f"needs {module}" in one_line(caught)
 
 
 def test_looking_makes_no_folder(tmp_path: Path) -> None:
