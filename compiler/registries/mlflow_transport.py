@@ -109,12 +109,15 @@ def call(work: Callable[[], T], url: str) -> T:
     """
 
     def once() -> T:
+        import requests
         from mlflow.exceptions import MlflowException
 
         try:
             return work()
         except MlflowException as error:
             raise told(error, url) from error
+        except requests.HTTPError as error:  # how the client tells of an artifact's refusal
+            raise refusal(error.response.status_code, url) from error
         except Exception as error:
             if not type(error).__module__.startswith("sqlalchemy"):
                 raise

@@ -283,6 +283,11 @@ def test_what_was_sent_and_is_gone_is_sent_again(server: Server, proxy: Proxy, u
         publish.push(release, url)
     os.truncate(stored(server, BIG)[-1], 1000)
     proxy.heal()
+    proxy.inject(Fault(method="GET", path=r"artifacts\?path", status=403))
+    with pytest.raises(RegistryError, match="does not allow") as caught:
+        publish.push(release, url)
+    one_line(caught)
+    proxy.heal()
     assert publish.push(release, url).made
     assert proxy.count("PUT", BIG) == 1
 
