@@ -117,7 +117,8 @@ def call(work: Callable[[], T], url: str) -> T:
         except MlflowException as error:
             raise told(error, url) from error
         except requests.HTTPError as error:  # how the client tells of an artifact's refusal
-            raise refusal(error.response.status_code, url) from error
+            status = 500 if error.response is None else error.response.status_code
+            raise refusal(status, url) from error
         except Exception as error:
             if not type(error).__module__.startswith("sqlalchemy"):
                 raise
