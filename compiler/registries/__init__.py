@@ -84,7 +84,7 @@ class TakenError(RegistryError):
 
 
 # Which module serves a URL's scheme; every other scheme is for fsspec. A module has `connect(url) -> Registry`.
-REGISTRIES = {"file": "filesystem", "oci": "oci", "mlflow": "mlflow", "hf": "hub"}
+REGISTRIES = {"file": "filesystem", "oci": "oci", "mlflow": "mlflow", "mlflow+http": "mlflow", "hf": "hub"}
 OTHERS = "objects"
 SCHEMES = "file://, s3://, oci://, mlflow:// or hf://"
 
