@@ -11,16 +11,18 @@ from compiler.manifest import Manifest
 from compiler.types import Report
 
 # Licences that the hub has a page for, of those that encoders are published under; others are shown by their own name.
-LICENCES = frozenset(
-    """afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigscience-bloom-rail-1.0 bigscience-openrail-m bsd bsd-2-clause bsd-3-clause
-    bsl-1.0 c-uda cc cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-4.0 cc-by-nc-sa-4.0
-    cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-2.0 ecl-2.0 epl-2.0 eupl-1.1 eupl-1.2 gemma gpl gpl-2.0
-    gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 llama2 llama3 mit mpl-2.0 ms-pl odbl openrail osl-3.0 unlicense wtfpl zlib""".split()
+LICENCES = re.compile(
+    r"afl-3\.0|agpl-3\.0|apache-2\.0|artistic-2\.0|bigscience-(bloom-rail-1\.0|openrail-m)|bsd(-[23]-clause)?|bsl-1\.0|c-uda"
+    r"|cc|cc0-1\.0|cc-by(-nc)?-[234]\.0|cc-by-nc-(nd|sa)-4\.0|cc-by-nd-4\.0|cc-by-sa-[34]\.0|cdla-permissive-[12]\.0|ecl-2\.0"
+    r"|epl-[12]\.0|eupl-1\.[12]|gemma|gpl(-[23]\.0)?|isc|lgpl(-2\.1|-3\.0)?|llama2|llama3|mit|mpl-2\.0|ms-pl|odbl|openrail"
+    r"|osl-3\.0|unlicense|wtfpl|zlib"
 )
+# How a file is opened: `{file}` is its path below the folder, the other names are settings that it was validated under.
 LOADING = {
-    "onnx": "onnxruntime.InferenceSession(file)",
-    "openvino": 'openvino.Core().compile_model(file, "CPU", {{"INFERENCE_PRECISION_HINT": "{INFERENCE_PRECISION_HINT}"}})',
-    "torchscript": "torch.jit.load(file)",
+    "onnx": 'onnxruntime.InferenceSession(f"{{folder}}/{file}")',
+    "openvino": 'openvino.Core().compile_model(f"{{folder}}/{file}", "CPU", '
+    '{{"INFERENCE_PRECISION_HINT": "{INFERENCE_PRECISION_HINT}"}})',
+    "torchscript": 'torch.jit.load(f"{{folder}}/{file}")',
 }
 
 
@@ -41,9 +43,8 @@ def model_card(manifest: Manifest, reports: Sequence[Report], url: str, repo: st
         size = f"{sum(file.size for file in artifact.files) / 1e6:.1f}"
         first = artifact.files[0].path
         rows.append("| " + " | ".join((f"`{first}`", artifact.format, artifact.precision, size, *shown)) + " |")
-        if (line := LOADING.get(artifact.format)) is not None:
-            settings = {"INFERENCE_PRECISION_HINT": "f32", **artifact.runtime}
-            loading.append(f"{line.format(**settings).replace('file', f'folder + "/{first}"', 1)}")
+        settings = {"INFERENCE_PRECISION_HINT": "f32", **artifact.runtime, "file": first}
+        loading.append(LOADING[artifact.format].format(**settings))
     own = any(file.path == "README.md" for file in manifest.files)
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.libraries.items()))
     return "\n".join(
@@ -90,7 +91,7 @@ def model_card(manifest: Manifest, reports: Sequence[Report], url: str, repo: st
 def _front_matter(manifest: Manifest) -> dict[str, object]:
     found: dict[str, object] = {}
     if (licence := manifest.source.licence) is not None:
-        known = licence.lower() in LICENCES
+        known = LICENCES.fullmatch(licence.lower()) is not None
         found |= {"license": licence.lower()} if known else {"license": "other", "license_name": _word(licence)}
     if manifest.source.uri.startswith("hf:"):
         found["base_model"] = manifest.source.uri.removeprefix("hf:").partition("@")[0]

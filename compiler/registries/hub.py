@@ -6,11 +6,11 @@
 - An alias is a branch that stands on a version's commit. It is moved by one call: the hub's branches can be overwritten,
   while a tag would have to be deleted and made again. So `from_pretrained("ORG/NAME", revision="prod")` works as well.
 - `main` is what the hub's page shows: the files of the newest version, with a model card made from the manifest as its
-  README.md. A release's own README.md is in its version, as it was. Nothing is ever pulled from `main`.
+  README.md. A release's own README.md is in its version, as it was. Nothing is pulled from `main`.
 
-A repository that is not there is made, private unless the URL ends in `?private=false`; one that is there stays as it is. Large
-files go by git LFS, whose batch call asks the hub which of them it has, so none is sent twice; the xet protocol is left off.
-The login is the library's own: `HF_TOKEN`, or `hf auth login`. This is tested against a local server that speaks the hub's
+A repository that is not there is made, private unless the URL ends in `?private=false`; one that is there stays as it is.
+Large files go by git LFS, whose batch call asks the hub which of them it has, so none is sent twice; xet is left off. The
+login is the library's own: `HF_TOKEN`, or `hf auth login`. This is tested against a local server that speaks the hub's
 protocol (`tests/registries/hub_server.py`), with the hub's own client, unchanged.
 """
 
@@ -112,8 +112,7 @@ class Hub:
             if here is not None and release in here.versions:
                 raise TakenError(f"{self.url}: {release} was published by another push meanwhile")
             if here is None or branch not in here.branches:
-                new = {"branch": branch, "revision": MAIN, "exist_ok": True}
-                client.ask("making a branch", lambda: client.api.create_branch(client.repo, **new), (404,))
+                client.make_branch(branch)
             commit = client.commit(branch, contents, f"{parcel.manifest.name} {release}")
             self._prove(commit, contents)
             client.ask("tagging", lambda: client.api.create_tag(client.repo, tag=release, revision=commit), (404, 409))

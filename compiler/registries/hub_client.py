@@ -1,4 +1,4 @@
-"""The hub's own client, told to be silent and to end, and its many errors as three: what may pass, what is expected, a refusal."""
+"""The hub's own client, told to be silent, with its many errors as three: what may pass, what is expected, a refusal."""
 
 from __future__ import annotations
 
@@ -123,6 +123,14 @@ class Client:
             ) from error
         addition.upload_info.sha256 = bytes.fromhex(file.sha256)  # hashed before, and not to be hashed again
         return addition
+
+    def make_branch(self, name: str) -> None:
+        """Make a branch, if it is not there, on what `main` stands on. Raises AnswerError when there is no `main`."""
+        self.ask(
+            "making a branch",
+            lambda: self.api.create_branch(self.repo, branch=name, revision=MAIN, exist_ok=True),
+            (404,),
+        )
 
     def move_branch(self, name: str, commit: str) -> None:
         """Have a branch stand on a commit, whether it is there or not, in one step."""
@@ -298,7 +306,7 @@ def _set_up() -> None:
         return made
 
     set_client_factory(client)
-    logging.set_verbosity(logging.ERROR)  # type: ignore[no-untyped-call]
+    logging.set_verbosity(40)  # logging.ERROR
     constants.HF_HUB_DISABLE_TELEMETRY = True
     constants.HF_HUB_DISABLE_XET = True
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
