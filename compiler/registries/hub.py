@@ -11,7 +11,7 @@
 A repository that is not there is made, private unless the URL ends in `?private=false`; one that is there stays as it is.
 Large files go by git LFS, whose batch call asks the hub which of them it has, so none is sent twice; xet is left off. The
 login is the library's own: `HF_TOKEN`, or `hf auth login`. This is tested against a local server that speaks the hub's
-protocol (`tests/registries/hub_server.py`), with the hub's own client, unchanged.
+protocol (`tests/registries/hub/server.py`), with the hub's own client, unchanged.
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _plain(self) -> Iterator[bytes]:
         left = int(self.headers.get("Content-Length", 0))
         while left:
-            piece = self.rfile.read1(min(left, CHUNK))  # type: ignore[attr-defined]
+            piece = self.rfile.read1(min(left, CHUNK))
             if not piece:
                 raise _BrokenError
             left -= len(piece)

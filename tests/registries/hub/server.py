@@ -1,10 +1,10 @@
 """A model hub on this machine that speaks as much of the Hugging Face Hub's protocol as publishing and fetching need.
 
-    python -m tests.registries.hub_server FOLDER PORT STORAGE_PORT
+    python -m tests.registries.hub.server FOLDER PORT STORAGE_PORT
 
 A process of its own, so that it can be killed; what it holds is on disk, in FOLDER, and is there again when it is started
 again. Large files go to a storage with an address of its own, as the hub's do: it takes signed addresses, and refuses a request
-that brings a login as well. Tokens: `writer` may do everything, `reader` may read, no token reads what is public.
+that brings a login as well. Tokens: `hf_writer` may do everything, `hf_reader` may read, no token reads what is public.
 
 `settings.json` in FOLDER changes how it behaves, from the next request on: `part` (bytes; uploads in parts), `die` ([method, path
 (a regular expression), bytes]: the process kills itself once it has received or sent that many bytes of such a body),
@@ -186,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def role(self) -> str:
         _, _, token = self.headers.get("Authorization", "").partition("Bearer ")
-        if token not in ("", "reader", "writer"):
+        if token not in ("", "hf_reader", "hf_writer"):
             raise Failure(401, "", "Invalid credentials in Authorization header")
         return token
 
@@ -198,12 +198,12 @@ class Handler(BaseHTTPRequestHandler):
         if repository is None or (repository.state["private"] and not role):
             # As the real one does: who is not logged in is not told whether there is such a repository.
             raise Failure(404 if role else 401, "RepoNotFound", "Repository not found")
-        if write and role != "writer":
+        if write and role != "hf_writer":
             raise Failure(403 if role else 401, "", "You don't have the rights to write there")
         return repository
 
     def create(self) -> None:
-        if self.role() != "writer":
+        if self.role() != "hf_writer":
             raise Failure(403 if self.role() else 401, "", "You don't have the rights to create a model there")
         asked = json.loads(self.body())
         name = f"{asked['organization']}/{asked['name']}"
@@ -347,7 +347,7 @@ class Handler(BaseHTTPRequestHandler):
         self.json({})
 
     def resolve(self, repository: Repository, name: str, revision: str, path: str) -> None:
-        if name in self.settings.get("gated", []) and self.role() != "writer":
+        if name in self.settings.get("gated", []) and self.role() != "hf_writer":
             raise Failure(403 if self.role() else 401, "GatedRepo", "Access to this model is restricted.")
         commit = repository.find(revision)
         entry = repository.files(commit).get(path)
