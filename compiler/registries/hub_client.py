@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import re
 import warnings
@@ -38,6 +39,10 @@ PASSING = (408, 429, 500, 502, 503, 504)
 
 class AnswerError(Exception):
     """The hub's answer is one that the caller has a use for: not found, there already, moved meanwhile."""
+
+
+class _ClosedError(FaultError):
+    """One of the library's threads could not connect, and closed what the others were using."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,10 @@ class Client:
         if again:
             return retrying(attempt, self.give_up)
         try:
-            return attempt()
+            try:
+                return attempt()
+            except _ClosedError:
+                return attempt()
         except FaultError as fault:
             raise self.give_up(fault) from fault
 
@@ -238,25 +246,28 @@ class Client:
         except (RegistryError, FaultError, AnswerError):
             raise
         except Exception as error:  # the library lets through what its HTTP client, and other servers' answers, raise
-            cause: BaseException = error
-            while getattr(cause, "response", None) is None and cause.__cause__ is not None:
-                cause = cause.__cause__  # it wraps what goes wrong in its threads
-            response: httpx2.Response | None = getattr(cause, "response", None)
-            if response is not None:
+            if isinstance(error, ValueError) and "README.md" in str(error):
+                said = " ".join(str(error).split())[:200]
+                reason = f"the hub refuses the release's README.md ({said}); correct it in the checkpoint and build again"
+                raise RegistryError(f"{self.url}: {reason}") from error
+            chain = list(_causes(error))  # the library wraps what goes wrong in its threads
+            responses = (response for one in chain if (response := getattr(one, "response", None)) is not None)
+            if (response := next(responses, None)) is not None:
                 if response.status_code in expected:
                     raise AnswerError from error
                 raise self._refusal(doing, response) from error
-            if isinstance(cause, httpx2.TransportError):
-                raise FaultError(f"{doing}: the hub cannot be reached ({type(cause).__name__})") from error
-            if isinstance(cause, OfflineModeIsEnabled):
+            if lost := next((one for one in chain if isinstance(one, httpx2.TransportError)), None):
+                raise FaultError(f"{doing}: the hub cannot be reached ({type(lost).__name__})") from error
+            if any(isinstance(one, RuntimeError) and "client has been closed" in str(one) for one in chain):
+                raise _ClosedError(f"{doing}: the hub cannot be reached (connections closed)") from error
+            if isinstance(error, json.JSONDecodeError):  # a gateway's page: the library reads it before its status
+                raise FaultError(f"{doing}: the hub's answer is not JSON") from error
+            if isinstance(error, OfflineModeIsEnabled):
                 reason = "HF_HUB_OFFLINE is set; unset it"
-            elif isinstance(cause, OSError) and cause.filename:
-                reason = f"{doing}: {cause.filename}: {cause.strerror}"
-            elif isinstance(cause, ValueError) and "README.md" in str(cause):
-                said = " ".join(str(cause).split())[:200]
-                reason = f"the hub refuses the release's README.md ({said}); correct it in the checkpoint and build again"
+            elif isinstance(error, OSError) and error.filename:
+                reason = f"{doing}: {error.filename}: {error.strerror}"
             else:
-                reason = f"{doing}: what came is no hub's answer ({type(cause).__name__}); check HF_ENDPOINT"
+                reason = f"{doing}: what came is no hub's answer ({type(error).__name__}); check HF_ENDPOINT"
             raise RegistryError(f"{self.url}: {reason}") from error
 
     def _refusal(self, doing: str, response: httpx2.Response) -> Exception:
@@ -274,6 +285,12 @@ class Client:
             said = " ".join((response.headers.get("X-Error-Message") or "").split())[:200]
             reason = f"{doing}: the hub answers {status}" + (f": {said}" if said else "")
         return RegistryError(f"{self.url}: {reason}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def library() -> HfApi:

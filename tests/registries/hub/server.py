@@ -3,13 +3,13 @@
     python -m tests.registries.hub.server FOLDER PORT STORAGE_PORT
 
 A process of its own, so that it can be killed; what it holds is on disk, in FOLDER, and is there again when it is started
-again. Large files go to a storage with an address of its own, as the hub's do: it takes signed addresses, and refuses a request
-that brings a login as well. Tokens: `hf_writer` may do everything, `hf_reader` may read, no token reads what is public.
+again. Large files go to a storage with an address of its own, as the hub's do: it takes signed addresses, and refuses a
+request that brings a login as well. Tokens: `hf_writer` may do everything, `hf_reader` may read, none reads what is public.
 
-`settings.json` in FOLDER changes how it behaves, from the next request on: `part` (bytes; uploads in parts), `die` ([method, path
-(a regular expression), bytes]: the process kills itself once it has received or sent that many bytes of such a body),
+`settings.json` in FOLDER changes how it behaves, from the next request on: `part` (bytes; uploads in parts), `die` ([method,
+path (a regular expression), bytes]: the process kills itself once it has received or sent that many bytes of such a body),
 `gated` (names of repositories), `ignored` (paths, as if a .gitignore named them), `storage` (its address, when a proxy is in
-front of it). `requests.jsonl` has every request.
+front of it). `requests.jsonl` has every request, written before its answer ends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ATTRIBUTES = b"*.bin filter=lfs diff=lfs merge=lfs -text\n*.onnx filter=lfs diff
 SIGNATURE = "signature=0123456789abcdef"
 
 
-class Failure(Exception):
+class FailureError(Exception):
     def __init__(self, status: int, code: str = "", message: str = "Not found", **body: Any) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.body = status, code, message, body
@@ -83,7 +83,7 @@ class Repository:
     def find(self, revision: str) -> str:
         commit: str = self.state["branches"].get(revision) or self.state["tags"].get(revision) or revision
         if commit not in self.state["commits"]:
-            raise Failure(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise FailureError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit
 
     def files(self, revision: str) -> dict[str, Any]:
@@ -108,12 +108,13 @@ class Handler(BaseHTTPRequestHandler):
         self.settings = self.read_settings()
         self.received = self.status = 0
         self.sent = 0
+        self.noted = False
         try:
             if self.is_storage:
                 self.store(split.path)
             else:
                 self.route(split.path)
-        except Failure as failure:
+        except FailureError as failure:
             self.drain()
             named = {"X-Error-Code": failure.code} if failure.code else {}
             content = json.dumps({"error": failure.message, **failure.body}).encode()
@@ -121,11 +122,14 @@ class Handler(BaseHTTPRequestHandler):
         except ConnectionError:
             self.close_connection = True
         finally:
-            self.note()
+            self.note()  # what was cut off
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer  # noqa: N815
 
     def note(self) -> None:
+        if self.noted:
+            return
+        self.noted = True
         noted = {
             "method": self.command,
             "path": self.where,
@@ -175,19 +179,21 @@ class Handler(BaseHTTPRequestHandler):
                 ("POST", "tag"): self.tag,
             }
             if (handler := handlers.get((self.command, verb))) is None:
-                raise Failure(404)
+                raise FailureError(404)
             with LOCK:
                 return handler(self.repository(name, self.command != "GET"), rest)
         if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/(batch|verify|complete)", path):
+            if found[2] == "complete" and self.query.get("signature"):  # signed, as the storage's addresses
+                return self.complete(Repository(self.root / found[1]))
             return self.lfs(self.repository(found[1], True), found[1], found[2])
         if (found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)) and self.command in ("GET", "HEAD"):
             return self.resolve(self.repository(found[1], False), found[1], unquote(found[2]), unquote(found[3]))
-        raise Failure(404)
+        raise FailureError(404)
 
     def role(self) -> str:
         _, _, token = self.headers.get("Authorization", "").partition("Bearer ")
         if token not in ("", "hf_reader", "hf_writer"):
-            raise Failure(401, "", "Invalid credentials in Authorization header")
+            raise FailureError(401, "", "Invalid credentials in Authorization header")
         return token
 
     def repository(self, name: str, write: bool) -> Repository:
@@ -197,19 +203,19 @@ class Handler(BaseHTTPRequestHandler):
         repository = Repository(folder) if there else None
         if repository is None or (repository.state["private"] and not role):
             # As the real one does: who is not logged in is not told whether there is such a repository.
-            raise Failure(404 if role else 401, "RepoNotFound", "Repository not found")
+            raise FailureError(404 if role else 401, "RepoNotFound", "Repository not found")
         if write and role != "hf_writer":
-            raise Failure(403 if role else 401, "", "You don't have the rights to write there")
+            raise FailureError(403 if role else 401, "", "You don't have the rights to write there")
         return repository
 
     def create(self) -> None:
         if self.role() != "hf_writer":
-            raise Failure(403 if self.role() else 401, "", "You don't have the rights to create a model there")
+            raise FailureError(403 if self.role() else 401, "", "You don't have the rights to create a model there")
         asked = json.loads(self.body())
         name = f"{asked['organization']}/{asked['name']}"
         with LOCK:
             if (self.root / name).exists():
-                raise Failure(409, "", "You already created this model repo")
+                raise FailureError(409, "", "You already created this model repo", url=f"http://{self.headers['Host']}/{name}")
             Repository.make(self.root / name, asked.get("visibility") == "private")
         self.json({"url": f"http://{self.headers['Host']}/{name}", "name": name})
 
@@ -261,10 +267,7 @@ class Handler(BaseHTTPRequestHandler):
         if verb == "verify":
             path = repository.object(asked["oid"])
             if not path.is_file() or path.stat().st_size != asked["size"]:
-                raise Failure(404, "", "object is not there, or not whole")
-            return self.json({})
-        if verb == "complete":
-            self.put_together(repository, asked)
+                raise FailureError(404, "", "object is not there, or not whole")
             return self.json({})
         objects = []
         for item in asked["objects"]:
@@ -282,7 +285,8 @@ class Handler(BaseHTTPRequestHandler):
             objects.append(answer)
         return self.json({"transfer": "basic", "objects": objects})
 
-    def put_together(self, repository: Repository, asked: Mapping[str, Any]) -> None:
+    def complete(self, repository: Repository) -> None:
+        asked = json.loads(self.body())
         aside = repository.folder / "parts" / f"{asked['oid']}.whole"
         hasher = hashlib.sha256()
         with open(aside, "wb") as whole:
@@ -291,13 +295,14 @@ class Handler(BaseHTTPRequestHandler):
                 hasher.update(content)
                 whole.write(content)
         if hasher.hexdigest() != asked["oid"]:
-            raise Failure(400, "", "the parts do not make the object")
+            raise FailureError(400, "", "the parts do not make the object")
         os.replace(aside, repository.object(asked["oid"]))
+        self.json({})
 
     def commit(self, repository: Repository, rest: str) -> None:
         lines = [json.loads(line) for line in self.body().splitlines()]
         if rest not in repository.state["branches"]:
-            raise Failure(404, "RevisionNotFound", f"Invalid rev id: {rest}")
+            raise FailureError(404, "RevisionNotFound", f"Invalid rev id: {rest}")
         files = dict(repository.files(rest))
         message = ""
         for line in lines:
@@ -305,20 +310,20 @@ class Handler(BaseHTTPRequestHandler):
             if key == "header":
                 message = value["summary"]
                 if value.get("parentCommit", repository.find(rest)) != repository.find(rest):
-                    raise Failure(412, "", "A commit has happened since. Please refresh and try again.")
+                    raise FailureError(412, "", "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[value["path"]] = repository.blob(base64.b64decode(value["content"]))
             elif key == "lfsFile":
                 path = repository.object(value["oid"])
                 if not path.is_file():
-                    raise Failure(400, "", f"LFS pointer pointed to a file that does not exist: {value['path']}")
+                    raise FailureError(400, "", f"LFS pointer pointed to a file that does not exist: {value['path']}")
                 size = path.stat().st_size
                 pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{value['oid']}\nsize {size}\n".encode()
                 lfs = {"oid": value["oid"], "size": size, "pointerSize": len(pointer)}
                 files[value["path"]] = {**repository.blob(pointer), "size": size, "lfs": lfs}
             elif key == "deletedFile":
                 if value["path"] not in files:
-                    raise Failure(404, "EntryNotFound", "A file with this name doesn't exist")
+                    raise FailureError(404, "EntryNotFound", "A file with this name doesn't exist")
                 del files[value["path"]]
         oid = repository.commit(rest, files, message)
         name = repository.folder.relative_to(self.root).as_posix()
@@ -327,32 +332,32 @@ class Handler(BaseHTTPRequestHandler):
     def branch(self, repository: Repository, rest: str) -> None:
         asked = json.loads(self.body() or b"{}")
         if rest in repository.state["branches"] and not asked.get("overwrite"):
-            raise Failure(409, "", "Reference already exists")
+            raise FailureError(409, "", "Reference already exists")
         repository.state["branches"][rest] = repository.find(asked.get("startingPoint", "main"))
         repository.save()
         self.json({})
 
     def delete_branch(self, repository: Repository, rest: str) -> None:
         if repository.state["branches"].pop(rest, None) is None:
-            raise Failure(404, "RevisionNotFound", f"Invalid rev id: {rest}")
+            raise FailureError(404, "RevisionNotFound", f"Invalid rev id: {rest}")
         repository.save()
         self.json({})
 
     def tag(self, repository: Repository, rest: str) -> None:
         name = json.loads(self.body())["tag"]
         if name in repository.state["tags"]:
-            raise Failure(409, "", "Tag reference exists already")
+            raise FailureError(409, "", "Tag reference exists already")
         repository.state["tags"][name] = repository.find(rest)
         repository.save()
         self.json({})
 
     def resolve(self, repository: Repository, name: str, revision: str, path: str) -> None:
         if name in self.settings.get("gated", []) and self.role() != "hf_writer":
-            raise Failure(403 if self.role() else 401, "GatedRepo", "Access to this model is restricted.")
+            raise FailureError(403 if self.role() else 401, "GatedRepo", "Access to this model is restricted.")
         commit = repository.find(revision)
         entry = repository.files(commit).get(path)
         if entry is None:
-            raise Failure(404, "EntryNotFound", "Entry not found")
+            raise FailureError(404, "EntryNotFound", "Entry not found")
         headers = {"X-Repo-Commit": commit, "ETag": f'"{entry["oid"]}"'}
         if "lfs" in entry:
             location = f"{self.settings.get('storage', self.storage)}/{name}/{entry['lfs']['oid']}?{SIGNATURE}"
@@ -365,14 +370,14 @@ class Handler(BaseHTTPRequestHandler):
     def store(self, path: str) -> None:
         found = re.fullmatch(r"/([^/]+/[^/]+)/([0-9a-f]{64})(\.[0-9]+)?", path)
         if found is None or self.query.get("signature") != [SIGNATURE.partition("=")[2]]:
-            raise Failure(403, "", "SignatureDoesNotMatch")
+            raise FailureError(403, "", "SignatureDoesNotMatch")
         if "Authorization" in self.headers:
-            raise Failure(400, "", "Only one auth mechanism allowed")
+            raise FailureError(400, "", "Only one auth mechanism allowed")
         repository = Repository(self.root / found[1])
         if self.command == "GET":
             return self.stream(repository.object(found[2]), {})
         if self.command != "PUT":
-            raise Failure(405)
+            raise FailureError(405)
         aside = repository.folder / "parts" / f"{found[2]}.{threading.get_ident()}.new"
         hasher = hashlib.sha256()
         with open(aside, "wb") as stream:
@@ -382,7 +387,7 @@ class Handler(BaseHTTPRequestHandler):
         if found[3]:
             os.replace(aside, repository.folder / "parts" / f"{found[2]}{found[3]}")
         elif hasher.hexdigest() != found[2]:
-            raise Failure(400, "", "BadDigest")
+            raise FailureError(400, "", "BadDigest")
         else:
             os.replace(aside, repository.object(found[2]))
         return self.reply(200, b"", {"ETag": f'"{hasher.hexdigest()}"'})
@@ -432,6 +437,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.perhaps_die(self.sent)
 
     def reply(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        self.status = status
+        self.note()
         self.head(status, {**(headers or {}), "Content-Length": str(len(body))})
         if self.command != "HEAD":
             self.wfile.write(body)
