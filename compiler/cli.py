@@ -9,8 +9,9 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -268,6 +269,51 @@ def bench(
             _print_benchmark(result)
     if as_json:
         _print_json(results)
+
+
+@cli.command(short_help="Compare two releases.")
+@click.argument("before", metavar="A")
+@click.argument("after", metavar="B")
+@click.option(
+    "--fail-on",
+    "gates",
+    multiple=True,
+    metavar="KIND[=PERCENT]",
+    help="Exit 1 when B is worse than A: regress=5 for all of artifacts, fusions, size=5, numerics=5, metrics=5 and speed=5; "
+    "files when any byte differs. May be given again.",
+)
+@json_option
+def diff(before: str, after: str, gates: tuple[str, ...], as_json: bool) -> None:
+    """Compare two releases: A and B are folders, or registries' URLs such as hf://ORG/NAME@1.0.0."""
+    from compiler.diff import diff as run
+    from compiler.diff import parse_gate, worse
+    from compiler.diff_text import text
+
+    asked = [parse_gate(gate) for gate in gates]
+    with _fetched(before) as old, _fetched(after) as new:
+        result = run(old, new)
+    found = worse(result, asked)
+    if as_json:
+        _print_json({**result, "worse": found})
+    else:
+        click.echo(text(result))
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        click.echo(f"error: {after} is worse than {before}: {'; '.join(found[:3])}{more}", err=True)
+        raise click.exceptions.Exit(1)
+
+
+@contextlib.contextmanager
+def _fetched(place: str) -> Iterator[Path]:
+    """A release's folder; one that is in a registry is fetched for the time being."""
+    if "://" not in place:
+        yield Path(place)
+        return
+    from compiler.stages.publish import pull
+
+    with tempfile.TemporaryDirectory(prefix="compile-") as aside:
+        pull(place, Path(aside) / "release")
+        yield Path(aside) / "release"
 
 
 @cli.command(short_help="Write a pipeline.yaml for a checkpoint.")

@@ -40,7 +40,7 @@ LOAD_LIBRARIES = (
     "transformers",
 )
 # Modules of ours that talk to the user, and shape no byte of a release.
-TALK = ("__main__.py", "bench.py", "cli.py", "init.py", "progress.py")
+TALK = ("__main__.py", "bench.py", "cli.py", "diff.py", "diff_text.py", "graphs.py", "init.py", "progress.py")
 # Files of a checkpoint that travel with a release but that no computation reads.
 DOCUMENTS = (".md", "LICENSE", "NOTICE")
 
