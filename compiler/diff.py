@@ -1,5 +1,5 @@
-"""What separates two releases: files, artifacts and what is in them, numerics, metrics, speed, versions and inputs; and whether
-the second is worse than one may be. A pure function of two releases on disk.
+"""What separates two releases: files, artifacts and what is in them, numerics, metrics, speed, versions and inputs; and
+whether the second is worse than it may be. A pure function of two releases on disk.
 """
 
 from __future__ import annotations
@@ -262,7 +262,8 @@ def _worse_numerics(result: Mapping[str, Any], percent: float, asked: bool) -> I
             errors = (old, new) if most else (1 - old, 1 - new)
             noise = NOISE_WITHOUT_LIMIT if limit is None else NOISE * (limit if most else 1 - limit)
             if errors[1] - errors[0] > noise and errors[1] > errors[0] * (1 + percent / 100):
-                yield f"{name}: {figure} went from {old:.7g} to {new:.7g} ({_percent(*errors)} error, allowed is {percent:g} %)"
+                change = f"{_percent(*errors)} error, allowed is {percent:g} %"
+                yield f"{name}: {figure} went from {old:.7g} to {new:.7g} ({change})"
 
 
 def _worse_metrics(result: Mapping[str, Any], percent: float, asked: bool) -> Iterator[str]:

@@ -80,6 +80,8 @@ def _artifact(artifact: Mapping[str, Any]) -> Iterator[Row]:
 
 def _speed(speed: Mapping[str, Any]) -> Iterator[Row]:
     recorded = speed["recorded"]
+    if not any(recorded):
+        yield "recorded", "for neither release"
     if recorded == [True, False] or recorded == [False, True]:
         yield "recorded", f"only for the {'first' if recorded[0] else 'second'} release"
     for name, pair in speed["machine"].items():
