@@ -468,11 +468,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        cli.main(args=given, prog_name="compile", standalone_mode=False)
+        left = cli.main(args=given, prog_name="compile", standalone_mode=False)
         sys.stdout.flush()
-        code = 0
-    except click.exceptions.Exit as error:
-        code = error.exit_code
+        code = left if isinstance(left, int) else 0  # click returns the code of an Exit
     except click.ClickException as error:
         error.show()
         code = 2

@@ -122,8 +122,7 @@ def _onnx(path: Path) -> Found:
 
 
 def _openvino(path: Path) -> Found:
-    # Layers are numbered afresh in each build, so they are known by their type and place. The file is hashed by the manifest;
-    # expat bounds what entities may grow to.
+    # The manifest has hashed the file, and expat bounds what entities may grow to.
     tree = ElementTree.parse(path)  # noqa: S314
     counts: Counter[str] = Counter()
     layers: dict[str, str] = {}
@@ -150,7 +149,10 @@ def _openvino(path: Path) -> Found:
             for name in ("body", "then_body", "else_body"):
                 if (body := layer.find(name)) is not None:
                     walk(body, f"{prefix}{number}/{name}/")
-            nodes.append(_Node(kind, "", tuple(reads[number]), writes))
+            # `MatMul_123` is numbered afresh in each build; such a layer is known by its type and place.
+            name = layer.attrib["name"]
+            name = "" if re.fullmatch(rf"{re.escape(kind)}_[0-9]+", name) else name
+            nodes.append(_Node(kind, name, tuple(reads[number]), writes))
 
     walk(tree.getroot(), "")
     layers.update(_layers(nodes, stored))

@@ -145,7 +145,7 @@ def test_what_is_in_an_openvino_file(tmp_path: Path) -> None:
     from openvino import opset13 as ops
 
     x = ops.parameter([-1, 4], np.float32)
-    product = ops.matmul(x, ops.constant(np.full((4, 4), 0.3, np.float32)), False, False)
+    product = ops.matmul(x, ops.constant(np.full((4, 4), 0.3, np.float32)), False, False, name="product")
     total = ops.add(product, ops.constant(np.full((1, 4), 0.3, np.float32)))
     graph = openvino.Model([ops.reshape(total, ops.constant(np.array([-1], np.int64)), False)], [x], "net")
     for name, narrow in (("wide", False), ("narrow", True)):
@@ -154,7 +154,7 @@ def test_what_is_in_an_openvino_file(tmp_path: Path) -> None:
         read = openvino.Core().read_model(str(tmp_path / f"{name}.xml"))
         kinds = Counter(node.get_type_name() for node in read.get_ops())
         assert found.operators == {kind: n for kind, n in kinds.items() if kind not in ("Constant", "Parameter", "Result")}
-        assert found.layers == dict.fromkeys(("MatMul 1", "Add 1"), "fp16" if narrow else "fp32")
+        assert found.layers == dict.fromkeys(("product", "Add 1"), "fp16" if narrow else "fp32")
 
 
 def test_what_is_in_a_torchscript_file(tmp_path: Path) -> None:
@@ -172,8 +172,9 @@ def test_what_is_in_a_torchscript_file(tmp_path: Path) -> None:
     traced = torch.jit.trace(Layer().eval(), torch.ones(1, 4))
     traced.save(str(tmp_path / "model.pt"))
     found = read_graph(tmp_path, Artifact("torchscript", "fp32", (hash_file(tmp_path, "model.pt"),), {}, ""))
-    nodes = Counter(node.kind() for kind in ("aten::linear", "aten::tanh") for node in traced.inlined_graph.findAllNodes(kind))
-    assert {kind: found.operators[kind] for kind in nodes} == dict(nodes) == {"aten::linear": 2, "aten::tanh": 1}
+    graph = traced.inlined_graph
+    nodes = {kind: len(graph.findAllNodes(kind)) for kind in ("aten::linear", "aten::tanh")}
+    assert {kind: found.operators[kind] for kind in nodes} == nodes == {"aten::linear": 2, "aten::tanh": 1}
     truth = {name: str(value.dtype).removeprefix("torch.") for name, value in traced.named_parameters()}
     assert found.layers == {name: {"float32": "fp32", "bfloat16": "bf16"}[dtype] for name, dtype in truth.items()}
 
@@ -189,7 +190,8 @@ def test_a_torchscript_file_that_would_run_something(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
         archive.writestr("model/code/__torch__.py", "torch.add(x, y)\n")
         archive.writestr("model/data.pkl", pickle.dumps(Evil(), protocol=2))
-    read_graph(tmp_path, Artifact("torchscript", "fp32", (hash_file(tmp_path, "model.pt"),), {}, ""))
+    with pytest.raises(ReleaseError):
+        read_graph(tmp_path, Artifact("torchscript", "fp32", (hash_file(tmp_path, "model.pt"),), {}, ""))
     assert not (tmp_path / "ran").exists()
 
 
@@ -209,9 +211,7 @@ def test_everything_else_that_can_differ(tmp_path: Path, model: bytes) -> None:
             positions=128,
             source=replace(manifest.source, files=(replace(manifest.source.files[0], sha256="1" * 64),)),
             steps={"load": Made("2", {"torch": "2.14.0", "data": "x", "step load": "9"})},
-            artifacts=tuple(
-                replace(one, opset=21, runtime={"threads": 2}, declined={"x": "why"}) for one in manifest.artifacts
-            ),
+            artifacts=tuple(replace(one, opset=21, runtime={"threads": 2}, declined={"x": "y"}) for one in manifest.artifacts),
         )
 
     def base(manifest: Manifest) -> Manifest:
@@ -226,7 +226,7 @@ def test_everything_else_that_can_differ(tmp_path: Path, model: bytes) -> None:
     assert found["steps"] == {"load": ["torch 2.13.0 → 2.14.0"]}
     artifact = found["artifacts"]["onnx fp32"]
     assert artifact["settings"] == {"opset": [None, 21], "runtime threads": [None, 2]} and not artifact["same"]
-    assert artifact["declined"] == {"x": [None, "why"]}
+    assert artifact["declined"] == {"x": [None, "y"]}
     assert worse(found, [parse_gate("regress=0")]) == []
 
 
@@ -342,8 +342,8 @@ def built(tmp_path_factory: pytest.TempPathFactory, bert: Path, shared_cache: Pa
 
     folder = tmp_path_factory.mktemp("built")
     targets: list[dict[str, Any]] = [
-        {"onnx": {"precisions": ["fp32"], "opset": 20}, "openvino": ["fp32"], "torchscript": ["fp32"]},
-        {"onnx": {"precisions": ["fp32"], "opset": 18}, "openvino": ["fp32", "bf16"]},
+        {"onnx": {"precisions": ["fp32"], "opset": 20}},
+        {"onnx": {"precisions": ["fp32"], "opset": 18}, "openvino": ["bf16"]},
     ]
     found = []
     for number, target in enumerate(targets):
@@ -359,9 +359,7 @@ def test_a_built_pair(built: tuple[Path, Path]) -> None:
 
     one, two = built
     found = diff(one, two)
-    assert found["artifacts"]["torchscript fp32"]["bytes"][1] is None
     assert found["artifacts"]["openvino bf16"]["bytes"][0] is None
-    assert found["artifacts"]["openvino fp32"]["same"]
     changed = found["artifacts"]["onnx fp32"]
     assert changed["settings"]["opset"] == [20, 18]
     counts = []
@@ -372,7 +370,8 @@ def test_a_built_pair(built: tuple[Path, Path]) -> None:
     truth = {name: [counts[0].get(name), counts[1].get(name)] for name in sorted({*counts[0], *counts[1]})}
     assert changed["operators"] == {name: pair for name, pair in truth.items() if pair[0] != pair[1]}
     assert changed["operators"], "opset 18 has no Gelu"
-    assert worse(found, [parse_gate("artifacts")]) == ["torchscript fp32 is lost"]
+    assert worse(found, [parse_gate("artifacts")]) == []
+    assert worse(diff(two, one), [parse_gate("artifacts")]) == ["openvino bf16 is lost"]
     assert found["steps"]["export onnx fp32"] == ["opset 20 → 18"]
 
 
@@ -381,25 +380,28 @@ def test_a_built_bf16_file(built: tuple[Path, Path]) -> None:
     import openvino
 
     _, two = built
-    manifest_artifacts = diff(two, two)["artifacts"]
-    assert set(manifest_artifacts) == {"onnx fp32", "openvino fp32", "openvino bf16"}
     path = two / "openvino" / "openvino_model_bf16.xml"
     found = read_graph(two, Artifact("openvino", "bf16", (hash_file(two, "openvino/openvino_model_bf16.xml"),), {}, ""))
 
     def stored(node: Any) -> str | None:
         while node.get_type_name() in ("Convert", "Transpose", "Reshape"):
             node = node.input_value(0).get_node()
-        return str(node.get_element_type().get_type_name()) if node.get_type_name() == "Constant" else None
+        kinds = {"f32": "fp32", "bf16": "bf16"}
+        return kinds.get(node.get_element_type().get_type_name()) if node.get_type_name() == "Constant" else None
 
-    def products(model: Any) -> Counter[str]:
+    def truth(model: Any) -> Counter[str]:
         kinds: Counter[str] = Counter()
         for node in model.get_ordered_ops():
-            if node.get_type_name() == "MatMul" and (kind := stored(node.input_value(1).get_node())):
-                kinds[{"f32": "fp32", "bf16": "bf16"}[kind]] += 1
+            place = {"MatMul": 1, "Gather": 0}.get(node.get_type_name())
+            if place is not None and (kind := stored(node.input_value(place).get_node())):
+                kinds[kind] += 1
             if node.get_type_name() == "If":
                 for branch in (0, 1):
-                    kinds += products(node.get_function(branch))
+                    kinds += truth(node.get_function(branch))
         return kinds
 
-    truth = products(openvino.Core().read_model(str(path)))
-    assert truth["bf16"] and Counter(kind for name, kind in found.layers.items() if name.startswith("MatMul")) == truth
+    counted = Counter(
+        kind for name, kind in found.layers.items() if "MatMul" in name or "Gather" in name or "embedding" in name
+    )
+    assert truth(openvino.Core().read_model(str(path))) == counted
+    assert counted["bf16"] and counted["fp32"]
