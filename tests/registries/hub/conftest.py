@@ -97,12 +97,9 @@ class HubProcess:
         return files
 
     def content(self, url: str, entry: dict[str, Any]) -> Path:
-        return (
-            self.folder
-            / url.removeprefix("hf://")
-            / ("objects" if "lfs" in entry else "blobs")
-            / entry.get("lfs", entry)["oid"]
-        )
+        """Where the content of one of `files` lies."""
+        place = self.folder / url.removeprefix("hf://")
+        return place / "objects" / str(entry["lfs"]["oid"]) if "lfs" in entry else place / "blobs" / str(entry["oid"])
 
 
 @pytest.fixture(scope="session")

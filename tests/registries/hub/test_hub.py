@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from compiler.hashing import hash_folder
 from compiler.manifest import MANIFEST
 from compiler.registries.hub import precedence
 from compiler.stages.publish import pull, push
+from tests.conftest import run_command
 from tests.registries.conftest import FILES, make_release
 from tests.registries.hub.conftest import HubProcess
 
@@ -165,3 +167,13 @@ def test_semver_orders_versions() -> None:
     words = "1.0.0-alpha, 1.0.0-alpha.1, 1.0.0-alpha.beta, 1.0.0-beta.2, 1.0.0-beta.11, 1.0.0-rc.1, 1.0.0, 1.2.0, 1.10.0"
     ordered = words.split(", ")
     assert sorted(sorted(ordered), key=precedence) == ordered
+
+
+def test_published_releases_can_be_compared(hub: HubProcess, url: str, tmp_path: Path) -> None:
+    for release, changed in (("1.0.0", b"{}"), ("1.1.0", b"{ }")):
+        make_release(tmp_path / release, {"config.json": changed}, release=release)
+        push(tmp_path / release, url)
+    result = run_command(tmp_path, tmp_path / "cache", "diff", f"{url}@1.0.0", f"{url}@1.1.0", "--json", "--fail-on", "files")
+    assert result.returncode == 1, result.stderr
+    assert json.loads(result.stdout)["files"]["changed"] == {"config.json": [2, 3]}
+    assert "is worse than" in result.stderr and len(result.stderr.splitlines()) == 1
