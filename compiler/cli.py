@@ -279,8 +279,8 @@ def bench(
     "gates",
     multiple=True,
     metavar="KIND[=PERCENT]",
-    help="Exit 1 when B is worse than A: regress=5 for all of artifacts, fusions, size=5, numerics=5, metrics=5 and speed=5; "
-    "files when any byte differs. May be given again.",
+    help="Exit 1 when B is worse than A by more than so many percent in size, numerics, metrics or speed, or lost some of its "
+    "artifacts or fusions; regress=PERCENT is all of these. files: when any byte differs. May be given again.",
 )
 @json_option
 def diff(before: str, after: str, gates: tuple[str, ...], as_json: bool) -> None:

@@ -139,6 +139,12 @@ class Hub:
         if refs.branches.get(name, commit) not in refs.versions.values():
             raise RegistryError(f"{self.url}: has a branch {name} with other commits, which would be lost; take another name")
         self.client.move_branch(name, commit)
+        moved = self.client.refs()
+        if moved is None or moved.branches.get(name) != commit:
+            raise RegistryError(
+                f"{self.url}: {name} does not name {version.release} after it was moved: somebody else moved it meanwhile, or "
+                "this hub cannot move a branch; look where it is and move it again"
+            )
 
     def pull(self, version: Version, folder: Path) -> None:
         refs = self.client.refs()

@@ -8,8 +8,8 @@ request that brings a login as well. Tokens: `hf_writer` may do everything, `hf_
 
 `settings.json` in FOLDER changes how it behaves, from the next request on: `part` (bytes; uploads in parts), `die` ([method,
 path (a regular expression), bytes]: the process kills itself once it has received or sent that many bytes of such a body),
-`gated` (names of repositories), `ignored` (paths, as if a .gitignore named them), `storage` (its address, when a proxy is in
-front of it). `requests.jsonl` has every request, written before its answer ends.
+`gated` (names of repositories), `ignored` (paths, as if a .gitignore named them), `fixed` (branches that stay where they are),
+`storage` (its address, when a proxy is in front of it). `requests.jsonl` has every request, written before its answer ends.
 """
 
 from __future__ import annotations
@@ -333,8 +333,9 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body() or b"{}")
         if rest in repository.state["branches"] and not asked.get("overwrite"):
             raise FailureError(409, "", "Reference already exists")
-        repository.state["branches"][rest] = repository.find(asked.get("startingPoint", "main"))
-        repository.save()
+        if rest not in self.settings.get("fixed", []):
+            repository.state["branches"][rest] = repository.find(asked.get("startingPoint", "main"))
+            repository.save()
         self.json({})
 
     def delete_branch(self, repository: Repository, rest: str) -> None:

@@ -495,3 +495,13 @@ def test_main_that_cannot_be_shown(
         one_line(caught.value, "1.0.0 is published, but main does not show it yet: committing: the hub answers 500")
         assert not push(tmp_path / "made", url, ("prod",)).made
         assert pull(url + "@prod", tmp_path / "pulled")[1]
+
+
+def test_an_alias_that_does_not_move(hub: HubProcess, url: str, tmp_path: Path) -> None:
+    for release in ("1.0.0", "1.1.0"):
+        make_release(tmp_path / release, release=release)
+    push(tmp_path / "1.0.0", url, ("prod",))
+    hub.set(fixed=["prod"])
+    with pytest.raises(RegistryError) as caught:
+        push(tmp_path / "1.1.0", url, ("prod",))
+    one_line(caught.value, "prod does not name 1.1.0 after it was moved")
