@@ -175,8 +175,11 @@ def _steps(old: Manifest, new: Manifest) -> dict[str, list[str]]:
     """What changed in the inputs of each step, in words; another step's key is left out, since that step is there itself."""
     found = {}
     for name in dict.fromkeys((*old.steps, *new.steps)):
-        inputs = [manifest.steps[name].inputs if name in manifest.steps else {} for manifest in (old, new)]
-        if changed := [text for text in differences(*inputs) if not text.startswith("step ")]:
+        if name not in old.steps or name not in new.steps:
+            found[name] = ["added" if name in new.steps else "removed"]
+            continue
+        changed = differences(old.steps[name].inputs, new.steps[name].inputs)
+        if changed := [text for text in changed if not text.startswith("step ")]:
             found[name] = changed
     return found
 

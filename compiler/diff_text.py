@@ -99,7 +99,7 @@ def _pair(pair: Sequence[Any]) -> str:
 
 
 def _size(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size:,} bytes"
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size:,} bytes"
 
 
 def _sizes(pair: Sequence[int]) -> str:
@@ -109,4 +109,6 @@ def _sizes(pair: Sequence[int]) -> str:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.7f}" if 0.5 <= value <= 1 else f"{value:.2g}"
+    if 0.99 <= value < 1:  # what is missing says more than nines
+        return f"1 - {1 - value:.2g}"
+    return f"{value:.4g}"

@@ -2,12 +2,13 @@
 into a runtime, and no pickle is opened that could run anything.
 
 A layer is an operator that reads weights; its precision is that of the weights, as they are stored: `int8` weights that are
-converted, scaled or transposed on their way count as `int8`. Indices, shapes and flags are no weights.
+converted, scaled or transposed on their way count as `int8`. Single numbers, indices, shapes and flags are no weights.
 """
 
 from __future__ import annotations
 
 import collections
+import math
 import pickle
 import re
 import xml.etree.ElementTree as ElementTree
@@ -24,6 +25,8 @@ from compiler.types import Artifact
 if TYPE_CHECKING:
     import onnx
 
+# A stored tensor of one element: a constant of the computation.
+NUMBER = "number"
 # One name for each type, whatever a format calls it.
 NAMES = {
     "float": "fp32", "f32": "fp32", "FloatStorage": "fp32",
@@ -75,14 +78,15 @@ def _layers(nodes: Iterable[_Node], stored: Mapping[str, str]) -> dict[str, str]
     """The precision of each layer among nodes that come in the order in which they run.
 
     Args:
-        stored: the types of stored tensors by name.
+        stored: the types of stored tensors by name; `NUMBER` for those of one element.
     """
     types = dict(stored)
     seen: Counter[str] = Counter()
     layers = {}
     for node in nodes:
         if node.reads and all(name in types for name in node.reads):  # computed from stored tensors alone: still weights
-            types.update(dict.fromkeys(node.writes, types[node.reads[0]]))
+            found = [types[name] for name in node.reads]
+            types.update(dict.fromkeys(node.writes, next((one for one in found if one in NAMES), found[0])))
             continue
         seen[node.type] += 1
         weights = sorted({NAMES[types[name]] for name in node.reads if types.get(name) in NAMES})
@@ -101,15 +105,17 @@ def _onnx(path: Path) -> Found:
     counts: Counter[str] = Counter()
     stored: dict[str, str] = {}
     nodes: list[_Node] = []
-    kinds = onnx.TensorProto.DataType
+
+    def kind(tensor: onnx.TensorProto) -> str:
+        return NUMBER if math.prod(tensor.dims) == 1 else onnx.TensorProto.DataType.Name(tensor.data_type).lower()
 
     def walk(graph: onnx.GraphProto) -> None:
-        stored.update((tensor.name, kinds.Name(tensor.data_type).lower()) for tensor in graph.initializer)
+        stored.update((tensor.name, kind(tensor)) for tensor in graph.initializer)
         for node in graph.node:
             counts[node.op_type] += 1
             for attribute in node.attribute:
                 if node.op_type == "Constant" and attribute.name == "value":
-                    stored[node.output[0]] = kinds.Name(attribute.t.data_type).lower()
+                    stored[node.output[0]] = kind(attribute.t)
                 for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                     walk(inner)
             reads = tuple(name for name in node.input if name)
@@ -143,8 +149,9 @@ def _openvino(path: Path) -> Found:
             if kind not in ("Const", "Parameter", "Result"):
                 counts[kind] += 1
             if kind == "Const":
-                data = layer.find("data")
-                stored.update(dict.fromkeys(writes, data.attrib["element_type"] if data is not None else ""))
+                data = next(layer.iter("data")).attrib
+                sizes = [int(size) for size in data["shape"].split(",") if size.strip()]
+                stored.update(dict.fromkeys(writes, NUMBER if math.prod(sizes) == 1 else data["element_type"]))
                 continue
             for name in ("body", "then_body", "else_body"):
                 if (body := layer.find(name)) is not None:
@@ -184,6 +191,7 @@ def _torchscript(path: Path) -> Found:
 @dataclass(frozen=True)
 class _Tensor:
     storage: str
+    shape: tuple[int, ...]
 
 
 class _Object:
@@ -204,7 +212,7 @@ class _Held(pickle.Unpickler):
         if module == "torch" and name.endswith("Storage"):
             return name
         if module == "torch._utils" and name.startswith("_rebuild_"):
-            return lambda storage, *rest: _Tensor(storage)
+            return lambda storage, offset, shape, *rest: _Tensor(storage, shape)
         if module == "torch.jit._pickle":  # build_tensorlist and the like, restore_type_tag
             return lambda value, *rest: value
         return dict if (module, name) == ("collections", "OrderedDict") else _Object
@@ -217,7 +225,7 @@ def _tensors(held: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(held, _Object):
         yield from _tensors(held.state, path)
     elif isinstance(held, _Tensor):
-        if held.storage in NAMES:
+        if held.storage in NAMES and math.prod(held.shape) != 1:
             yield path, NAMES[held.storage]
     elif isinstance(held, dict | list | tuple):
         for key, value in held.items() if isinstance(held, dict) else enumerate(held):

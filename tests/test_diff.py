@@ -25,7 +25,7 @@ BASE = {"config.json": b"{}", "tokenizer.json": b"tokens"}
 
 
 def onnx_model(*, dtype: str = "float32", gelu: bool = True) -> bytes:
-    """[batch, 4] times a weight, plus a bias, an activation, and in a branch a second weight, of two bytes each."""
+    """[batch, 4] times a weight, plus a bias, halved, an activation, and in a branch a second weight, of two bytes each."""
     import numpy as np
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -34,6 +34,7 @@ def onnx_model(*, dtype: str = "float32", gelu: bool = True) -> bytes:
         numpy_helper.from_array(np.ones((4, 4), dtype=dtype), "first.weight"),
         numpy_helper.from_array(np.ones(4, dtype=dtype), "first.bias"),
         numpy_helper.from_array(np.array([-1, 4], dtype=np.int64), "shape"),
+        numpy_helper.from_array(np.array(0.5, dtype=dtype), "half"),
     ]
     inner = helper.make_graph(
         [helper.make_node("MatMul", ["sum", "second.weight"], ["then"], name="second")],
@@ -50,7 +51,8 @@ def onnx_model(*, dtype: str = "float32", gelu: bool = True) -> bytes:
         helper.make_node("MatMul", ["x", "wide"], ["product"], name="first"),
         helper.make_node("Add", ["product", "first.bias"], ["sum"], name="first.add"),
         helper.make_node("If", ["flag"], ["chosen"], then_branch=inner, else_branch=other, name="if"),
-        helper.make_node("Reshape", ["chosen", "shape"], ["flat"], name="reshape"),
+        helper.make_node("Mul", ["chosen", "half"], ["less"], name="half"),
+        helper.make_node("Reshape", ["less", "shape"], ["flat"], name="reshape"),
         helper.make_node("Gelu" if gelu else "Erf", ["flat"], ["y"], name="activation"),
     ]
     inputs = [helper.make_tensor_value_info("x", 1, ["b", 4]), helper.make_tensor_value_info("flag", TensorProto.BOOL, [])]
@@ -128,7 +130,7 @@ def test_what_is_in_an_onnx_file(tmp_path: Path, model: bytes) -> None:
     one = release(tmp_path / "a", {**BASE, "onnx/model.onnx": model})
     two = release(tmp_path / "b", {**BASE, "onnx/model.onnx": onnx_model(dtype="float16", gelu=False)})
     before = read_graph(one, Artifact("onnx", "fp32", (hash_file(one, "onnx/model.onnx"),), {}, ""))
-    assert before.operators == {"Add": 1, "Cast": 1, "Gelu": 1, "Identity": 1, "If": 1, "MatMul": 2, "Reshape": 1}
+    assert before.operators == {"Add": 1, "Cast": 1, "Gelu": 1, "Identity": 1, "If": 1, "MatMul": 2, "Mul": 1, "Reshape": 1}
     assert before.layers == {"first": "fp32", "first.add": "fp32", "second": "fp16"}
     found = diff(one, two)["artifacts"]["onnx fp32"]
     assert not found["same"]
@@ -146,6 +148,7 @@ def test_what_is_in_an_openvino_file(tmp_path: Path) -> None:
 
     x = ops.parameter([-1, 4], np.float32)
     product = ops.matmul(x, ops.constant(np.full((4, 4), 0.3, np.float32)), False, False, name="product")
+    product = ops.multiply(product, ops.constant(np.float32(0.5)))
     total = ops.add(product, ops.constant(np.full((1, 4), 0.3, np.float32)))
     graph = openvino.Model([ops.reshape(total, ops.constant(np.array([-1], np.int64)), False)], [x], "net")
     for name, narrow in (("wide", False), ("narrow", True)):
@@ -215,7 +218,8 @@ def test_everything_else_that_can_differ(tmp_path: Path, model: bytes) -> None:
         )
 
     def base(manifest: Manifest) -> Manifest:
-        return replace(manifest, steps={"load": Made("1", {"torch": "2.13.0", "data": "x", "step load": "8"})})
+        steps = {"load": Made("1", {"torch": "2.13.0", "data": "x", "step load": "8"}), "export": Made("3", {"torch": "2"})}
+        return replace(manifest, steps=steps)
 
     one = release(tmp_path / "a", {**BASE, "onnx/model.onnx": model}, change=base)
     two = release(tmp_path / "b", {**BASE, "onnx/model.onnx": model}, change=change)
@@ -223,7 +227,7 @@ def test_everything_else_that_can_differ(tmp_path: Path, model: bytes) -> None:
     assert found["release"] == {"python": ["3.11.2", "3.12.1"], "positions": [512, 128]}
     assert found["libraries"] == {"torch": ["2.13.0", "2.14.0"]}
     assert found["source"] == {"model.safetensors": ["0" * 64, "1" * 64]}
-    assert found["steps"] == {"load": ["torch 2.13.0 → 2.14.0"]}
+    assert found["steps"] == {"load": ["torch 2.13.0 → 2.14.0"], "export": ["removed"]}
     artifact = found["artifacts"]["onnx fp32"]
     assert artifact["settings"] == {"opset": [None, 21], "runtime threads": [None, 2]} and not artifact["same"]
     assert artifact["declined"] == {"x": [None, "y"]}
@@ -370,6 +374,7 @@ def test_a_built_pair(built: tuple[Path, Path]) -> None:
     truth = {name: [counts[0].get(name), counts[1].get(name)] for name in sorted({*counts[0], *counts[1]})}
     assert changed["operators"] == {name: pair for name, pair in truth.items() if pair[0] != pair[1]}
     assert changed["operators"], "opset 18 has no Gelu"
+    assert found["steps"]["validate openvino bf16"] == ["added"]
     assert worse(found, [parse_gate("artifacts")]) == []
     assert worse(diff(two, one), [parse_gate("artifacts")]) == ["openvino bf16 is lost"]
     assert found["steps"]["export onnx fp32"] == ["opset 20 → 18"]
