@@ -9,8 +9,9 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -463,6 +464,51 @@ def alias(url: str, name: str, as_json: bool) -> None:
     click.echo(f"{name} → {version.release}" + ("" if moved else ", as before"))
 
 
+@cli.command(short_help="Compare two releases.")
+@click.argument("before", metavar="A")
+@click.argument("after", metavar="B")
+@click.option(
+    "--fail-on",
+    "gates",
+    multiple=True,
+    metavar="KIND[=PERCENT]",
+    help="Exit 1 when B is worse than A by more than so many percent in size, numerics, metrics or speed, or lost some of its "
+    "artifacts or fusions; regress=PERCENT is all of these. files: when any byte differs. May be given again.",
+)
+@json_option
+def diff(before: str, after: str, gates: tuple[str, ...], as_json: bool) -> None:
+    """Compare two releases: A and B are folders, or registries' URLs such as hf://ORG/NAME@1.0.0."""
+    from compiler.diff import diff as run
+    from compiler.diff import parse_gate, worse
+    from compiler.diff_text import text
+
+    asked = [parse_gate(gate) for gate in gates]
+    with _fetched(before) as old, _fetched(after) as new:
+        result = run(old, new)
+    found = worse(result, asked)
+    if as_json:
+        _print_json({**result, "worse": found})
+    else:
+        click.echo(text(result))
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        click.echo(f"error: {after} is worse than {before}: {'; '.join(found[:3])}{more}", err=True)
+        raise click.exceptions.Exit(1)
+
+
+@contextlib.contextmanager
+def _fetched(place: str) -> Iterator[Path]:
+    """A release's folder; one that is in a registry is fetched for the time being."""
+    if "://" not in place:
+        yield Path(place)
+        return
+    from compiler.stages.publish import pull
+
+    with tempfile.TemporaryDirectory(prefix="compile-") as aside:
+        pull(place, Path(aside) / "release")
+        yield Path(aside) / "release"
+
+
 @cli.command(short_help="Write a pipeline.yaml for a checkpoint.")
 @click.argument("checkpoint")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), help="The file to write.")
@@ -629,11 +675,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        cli.main(args=given, prog_name="compile", standalone_mode=False)
+        left = cli.main(args=given, prog_name="compile", standalone_mode=False)
         sys.stdout.flush()
-        code = 0
-    except click.exceptions.Exit as error:
-        code = error.exit_code
+        code = left if isinstance(left, int) else 0  # click returns the code of an Exit
     except click.ClickException as error:
         error.show()
         code = 2

@@ -1,0 +1,249 @@
+"""`hf://ORG/NAME`: a model repository of the Hugging Face Hub, or of another server that speaks its protocol (HF_ENDPOINT).
+
+- A version is a git tag, `1.0.0`, on a commit that holds the release's files byte for byte (and the `.gitattributes` that the
+  hub keeps for itself). The commit is made on a branch of its own, `push/1.0.0-<digest>`, the hub's own listing of it is held
+  against the manifest, and only then is it tagged: a tag that exists cannot be made again, so that of two pushes one wins.
+- An alias is a branch that stands on a version's commit. It is moved by one call: the hub's branches can be overwritten,
+  while a tag would have to be deleted and made again. So `from_pretrained("ORG/NAME", revision="prod")` works as well.
+- `main` is what the hub's page shows: the files of the newest version, with a model card made from the manifest as its
+  README.md. A release's own README.md is in its version, as it was. Nothing is pulled from `main`.
+
+A repository that is not there is made, private unless the URL ends in `?private=false`; one that is there stays as it is.
+Large files go by git LFS, whose batch call asks the hub which of them it has, so none is sent twice; xet is left off. The
+login is the library's own: `HF_TOKEN`, or `hf auth login`. This is tested against a local server that speaks the hub's
+protocol (`tests/registries/hub/server.py`), with the hub's own client, unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from compiler.errors import RegistryError, ReleaseError
+from compiler.manifest import MANIFEST, from_bytes
+from compiler.registries import DIGEST, Parcel, TakenError, Version, match
+from compiler.registries.card import model_card
+from compiler.registries.hub_client import KEPT, MAIN, AnswerError, Client, Refs, library, local_hashes
+from compiler.registries.transfer import receive, retrying
+from compiler.types import File
+from compiler.verify import read_release
+
+CARD = "README.md"
+# How often a push starts again when another one moved what it built on.
+ROUNDS = 5
+PRIVATE = {"true": True, "false": False}
+# As the hub has them: `--` and `..` are its own, and a name is at most 96 characters long.
+REPOSITORY = re.compile(r"(?!.*(--|\.\.|\.git$))[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<![.-])", re.ASCII)
+LONGEST = 96
+
+Contents = Mapping[File, Path | bytes]
+
+
+def connect(url: str) -> Hub:
+    """The registry at `hf://ORG/NAME`, with `?private=false` for a repository that everybody may read once it is made.
+
+    Raises:
+        RegistryError: the URL names no repository, or holds a login.
+    """
+    parts = urlsplit(url)
+    if parts.username is not None:
+        raise RegistryError(
+            "hf://…@…: a URL has no place for a login; set HF_TOKEN or run `hf auth login`, and give hf://ORG/NAME"
+        )
+    options = parse_qsl(parts.query, keep_blank_values=True)
+    if any(name != "private" or value not in PRIVATE for name, value in options):
+        raise RegistryError(f"{url}: only ?private=true or ?private=false may follow the name")
+    repo = f"{parts.netloc}{parts.path}"
+    if not REPOSITORY.fullmatch(repo) or len(repo) > LONGEST or parts.fragment:
+        raise RegistryError(f"{url}: no repository can be called so; give hf://ORG/NAME")
+    private = PRIVATE[options[-1][1]] if options else True
+    return Hub(url, private, Client(url.partition("?")[0], repo, library()))
+
+
+@dataclass(frozen=True)
+class Hub:
+    """One repository. `private` is what it is made as, when it is not there yet."""
+
+    url: str
+    private: bool
+    client: Client
+
+    def list(self) -> tuple[Version, ...]:
+        refs = self.client.refs()
+        if refs is None:
+            return ()
+        found = (self._look(release, refs) for release in sorted(refs.versions, key=precedence))
+        return tuple(version for version in found if version is not None)
+
+    def resolve(self, reference: str) -> Version | None:
+        if DIGEST.fullmatch(reference):
+            return match(self.list(), reference)
+        refs = self.client.refs()
+        if refs is None:
+            return None
+        release = reference
+        if reference not in refs.versions:
+            commit = refs.branches.get(reference) if reference != MAIN else None
+            release = next((name for name, at in refs.versions.items() if at == commit), "")
+            if not release:
+                return None
+        version = self._look(release, refs)
+        if version is None:
+            raise RegistryError(f"{self.url}: has a tag {release} that holds no release; remove it, or set another release:")
+        return version
+
+    def push(self, parcel: Parcel) -> None:
+        client, release = self.client, parcel.manifest.release
+        branch = f"push/{release}-{parcel.manifest.identity[:12]}"
+        contents: dict[File, Path | bytes] = {file: parcel.path.absolute() / file.path for file in parcel.files}
+        contents[_file(MANIFEST, parcel.content)] = parcel.content
+        refs = client.refs()
+        if refs is None:
+            client.ask("making it", lambda: client.api.create_repo(client.repo, private=self.private, exist_ok=True))
+
+        def attempt() -> None:
+            here = client.refs()
+            if here is not None and release in here.versions:
+                raise TakenError(f"{self.url}: {release} was published by another push meanwhile")
+            if here is None or branch not in here.branches:
+                client.make_branch(branch)
+            commit = client.commit(branch, contents, f"{parcel.manifest.name} {release}")
+            self._prove(commit, contents)
+            client.ask("tagging", lambda: client.api.create_tag(client.repo, tag=release, revision=commit), (404, 409))
+
+        try:
+            self._until_still(attempt)
+        except TakenError:
+            self._tidy(release)
+            raise
+        self._tidy(release)
+        try:
+            self._until_still(lambda: self._show(parcel, contents))
+        except RegistryError as error:
+            reason = str(error).removeprefix(f"{client.url}: ")
+            raise RegistryError(f"{self.url}: {release} is published, but {MAIN} does not show it yet: {reason}") from error
+
+    def alias(self, name: str, version: Version) -> None:
+        if name == MAIN:
+            raise RegistryError(f"{self.url}: {MAIN} is the branch that the hub shows, and no alias; take another name")
+        refs = self.client.refs()
+        if refs is None or version.release not in refs.versions:
+            raise RegistryError(f"{self.url}: has no {version.release} any more; push it again")
+        commit = refs.versions[version.release]
+        if refs.branches.get(name, commit) not in refs.versions.values():
+            raise RegistryError(f"{self.url}: has a branch {name} with other commits, which would be lost; take another name")
+        self.client.move_branch(name, commit)
+        moved = self.client.refs()
+        if moved is None or moved.branches.get(name) != commit:
+            raise RegistryError(
+                f"{self.url}: {name} does not name {version.release} after it was moved: somebody else moved it meanwhile, or "
+                "this hub cannot move a branch; look where it is and move it again"
+            )
+
+    def pull(self, version: Version, folder: Path) -> None:
+        refs = self.client.refs()
+        if refs is None or version.release not in refs.versions:
+            raise RegistryError(f"{self.url}: has no {version.release} any more")
+        commit = refs.versions[version.release]
+        where = f"{self.url}@{version.release}"
+
+        @contextlib.contextmanager
+        def read(file: File) -> Iterator[Iterator[bytes]]:
+            try:
+                with self.client.read(commit, file.path) as chunks:
+                    yield chunks
+            except AnswerError as error:
+                raise ReleaseError(
+                    f"{where}: lacks {file.path}, which its manifest names; it is damaged, do not use it"
+                ) from error
+
+        receive(
+            folder,
+            where,
+            version.digest,
+            lambda name: self.client.small(commit, name),
+            read,
+            lambda work: retrying(work, self.client.give_up),
+        )
+
+    def _look(self, release: str, refs: Refs) -> Version | None:
+        """The version that a tag holds; None where it holds no release."""
+        commit = refs.versions[release]
+        content = self.client.small(commit, MANIFEST)
+        if content is None:
+            return None
+        try:
+            manifest = from_bytes(content, f"{self.url}@{release}: {MANIFEST}")
+        except ReleaseError as error:
+            raise RegistryError(str(error)) from error
+        if manifest.release != release:
+            raise RegistryError(f"{self.url}: its tag {release} holds release {manifest.release}; it was moved, do not use it")
+        return Version(release, manifest.identity, refs.aliases(commit))
+
+    def _until_still(self, attempt: Any) -> None:
+        """Do something that builds on what is there, again when another push has changed that."""
+        for _ in range(ROUNDS):
+            with contextlib.suppress(AnswerError):
+                attempt()
+                return
+        raise RegistryError(f"{self.url}: something else changed it during each of {ROUNDS} tries; try again later")
+
+    def _prove(self, commit: str, contents: Contents) -> None:
+        """Make sure that a commit holds what the manifest names, by the hub's own listing, before it becomes a version."""
+        tree = self.client.tree(commit)
+        for file, content in contents.items():
+            entry = tree.pop(file.path, None)
+            if entry is None:
+                raise RegistryError(f"{self.url}: did not take {file.path} (has it a .gitignore?); nothing is published")
+            if entry.lfs is not None:
+                same = (entry.lfs.sha256, entry.lfs.size) == (file.sha256, file.size)
+            else:
+                sha256, blob = local_hashes(content, file.size)
+                if sha256 != file.sha256:
+                    raise RegistryError(
+                        f"{self.url}: {file.path} changed while it was pushed; nothing is published, push again"
+                    )
+                same = blob == entry.blob_id
+            if not same:
+                raise RegistryError(f"{self.url}: holds something else as {file.path} than was sent; nothing is published")
+        if more := sorted(set(tree) - set(KEPT)):
+            raise RegistryError(f"{self.url}: keeps {more[0]}, which is not the release's; nothing is published")
+
+    def _tidy(self, release: str) -> None:
+        """Remove the branches on which a version was put together, now that it is there. One that is left harms nobody."""
+        client = self.client
+        with contextlib.suppress(RegistryError):
+            refs = client.refs()
+            for name in refs.branches if refs else ():
+                if name.startswith(f"push/{release}-"):
+                    with contextlib.suppress(AnswerError):
+                        delete = {"repo_id": client.repo, "branch": name}
+                        client.ask("tidying", lambda delete=delete: client.api.delete_branch(**delete), (404,))  # type: ignore[misc]
+
+    def _show(self, parcel: Parcel, contents: Contents) -> None:
+        """Have `main` show this version with its card, when it is the newest."""
+        refs = self.client.refs()
+        if refs is None or parcel.manifest.release != max(refs.versions, key=precedence, default=""):
+            return
+        _, reports = read_release(parcel.path)
+        card = model_card(parcel.manifest, reports, self.client.url, self.client.repo).encode()
+        shown = {file: content for file, content in contents.items() if file.path != CARD}
+        self.client.commit(MAIN, {**shown, _file(CARD, card): card}, f"Show {parcel.manifest.release}")
+
+
+def _file(path: str, content: bytes) -> File:
+    return File(path, hashlib.sha256(content).hexdigest(), len(content))
+
+
+def precedence(release: str) -> tuple[Any, ...]:
+    """A key that orders versions by semver's precedence (semver.org 2.0.0, item 11): a pre-release comes before its release,
+    and in it numbers before words."""
+    core, _, before = release.partition("-")
+    parts = [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in before.split(".") if part]
+    return tuple(map(int, core.split("."))), not before, parts
