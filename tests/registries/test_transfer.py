@@ -80,7 +80,7 @@ class TestHostileManifest:
     )
     def test_a_path_that_leads_out(self, root: Path, target: Path, path: str) -> None:
         rewrite(root, File(path, EMPTY, 0))
-        assert "which is no path inside a release" in refused(root, target)
+        assert "which is no name of a file in a release" in refused(root, target)
 
     @pytest.mark.parametrize("path", [MANIFEST, SUMS, "model.sig"])
     def test_a_file_that_covers_the_manifest(self, root: Path, target: Path, path: str) -> None:

@@ -366,10 +366,10 @@ def naming(*paths: str, size: int = 4) -> Callable[[], bytes]:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (naming("../outside.txt"), "no path inside a release"),
-        (naming("a/../../outside.txt"), "no path inside a release"),
-        (naming("/tmp/outside.txt"), "no path inside a release"),
-        (naming("C:\\outside.txt"), "no path inside a release"),
+        (naming("../outside.txt"), "no name of a file in a release"),
+        (naming("a/../../outside.txt"), "no name of a file in a release"),
+        (naming("/tmp/outside.txt"), "no name of a file in a release"),
+        (naming("C:\\outside.txt"), "no name of a file in a release"),
         (naming("a.txt", "a.txt"), "names a file twice"),
         (naming("manifest.json"), "as a file of itself"),
         (naming("gone.txt"), "lacks gone.txt"),
