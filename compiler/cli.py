@@ -386,7 +386,7 @@ def push(release: Path, url: str, aliases: tuple[str, ...], as_json: bool) -> No
     """Publish RELEASE at URL (file://, s3://, oci://, mlflow:// or hf://) under its version, which never changes there."""
     from compiler.progress import Display
     from compiler.stages.publish import publish
-    from compiler.verify import read_release
+    from compiler.verify import is_signed, read_release
 
     manifest, _ = read_release(release)
     with Display() as display:
@@ -396,6 +396,9 @@ def push(release: Path, url: str, aliases: tuple[str, ...], as_json: bool) -> No
         return
     version = published.version
     what = "published" if published.made else "is there already, the same; nothing was sent"
+    if not published.made and is_signed(release):
+        # Whether the published one has this signature is not known without fetching it.
+        what += ", not even a signature made since: sign before you push"
     moved = f"; {', '.join(published.moved)} moved to it" if published.moved else ""
     click.echo(f"{manifest.name} {version.release}  {url}@{version.release}  {what}{moved}")
     click.echo(f"sha256:{version.digest}")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from compiler.manifest import MANIFEST, SUMS, Manifest, sums, to_bytes
 from tests.zoo import save_checkpoint
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -73,6 +74,13 @@ def write_pipeline(folder: Path, source: Path | str, /, **changes: Any) -> Path:
     path = folder / "pipeline.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write a release's manifest.json, and the SHA256SUMS that belong to it."""
+    content = to_bytes(manifest)
+    (folder / MANIFEST).write_bytes(content)
+    (folder / SUMS).write_bytes(sums(manifest, content))
 
 
 def error_line(result: subprocess.CompletedProcess[str]) -> str:

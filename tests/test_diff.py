@@ -16,9 +16,9 @@ from compiler.diff_text import text
 from compiler.errors import ConfigError, ReleaseError
 from compiler.graphs import read_graph
 from compiler.hashing import canonical, hash_file
-from compiler.manifest import MANIFEST, VALIDATION, Made, Manifest, to_bytes
+from compiler.manifest import VALIDATION, Made, Manifest
 from compiler.types import Artifact
-from tests.conftest import Command, error_line, write_pipeline
+from tests.conftest import Command, error_line, seal, write_pipeline
 from tests.registries.conftest import make_release
 
 BASE = {"config.json": b"{}", "tokenizer.json": b"tokens"}
@@ -92,7 +92,7 @@ def release(
         artifacts=tuple(replace(one, fusions=dict(fusions or {})) for one in manifest.artifacts),
         benchmark=None if speed is None else {"threads": 2, "rounds": 1, "cpu": "avx2", "machine": "x86", "timings": timings},
     )
-    (folder / MANIFEST).write_bytes(to_bytes(change(manifest)))
+    seal(folder, change(manifest))
     return folder
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from compiler.hashing import hash_file
-from compiler.manifest import MANIFEST, Made, Manifest, from_bytes, to_bytes
-from tests.conftest import Command, error_line, run_command, write_pipeline
+from compiler.manifest import MANIFEST, Made, Manifest, from_bytes
+from tests.conftest import Command, error_line, run_command, seal, write_pipeline
 from tests.hub import Hub
 from tests.zoo import save_checkpoint
 
@@ -204,7 +204,7 @@ def release(tmp_path: Path, built: Path) -> Path:
 def edit(release: Path, change: Callable[[Manifest], Manifest]) -> None:
     """Change a release's manifest, with the digest that belongs to it."""
     manifest = from_bytes((release / MANIFEST).read_bytes(), "")
-    (release / MANIFEST).write_bytes(to_bytes(change(manifest)))
+    seal(release, change(manifest))
 
 
 def made_with(**inputs: str) -> Callable[[Manifest], Manifest]:

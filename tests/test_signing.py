@@ -26,10 +26,10 @@ from hypothesis import given, settings, strategies
 
 from compiler.errors import ReleaseError, SigningError
 from compiler.hashing import hash_file, hash_folder, list_files
-from compiler.manifest import MANIFEST, SIGNATURE, SUMS, from_bytes, sums, to_bytes
+from compiler.manifest import MANIFEST, SIGNATURE, SUMS, from_bytes
 from compiler.signing import sign, verify_signature
 from compiler.verify import read_release, record_benchmark, verify_files
-from tests.conftest import Command, error_line
+from tests.conftest import Command, error_line, seal
 from tests.stages.test_package import Parts
 
 PASSWORD = "correct horse"  # noqa: S105
@@ -113,9 +113,7 @@ def forge(path: Path) -> None:
         replace(artifact, files=tuple(present.pop(file.path) for file in artifact.files if file.path in present))
         for artifact in manifest.artifacts
     )
-    forged = replace(manifest, artifacts=artifacts, files=tuple(sorted(present.values())))
-    (path / MANIFEST).write_bytes(content := to_bytes(forged))
-    (path / SUMS).write_bytes(sums(forged, content))
+    seal(path, replace(manifest, artifacts=artifacts, files=tuple(sorted(present.values()))))
     read, _ = read_release(path)
     verify_files(path, read)  # nothing but the signature tells
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from compiler.hashing import hash_file
-from compiler.manifest import MANIFEST, SUMS, from_bytes, sums, to_bytes
-from tests.conftest import Command, error_line, write_pipeline
+from compiler.manifest import MANIFEST, from_bytes
+from tests.conftest import Command, error_line, seal, write_pipeline
 from tests.zoo import save_checkpoint
 
 TARGETS = {"torchscript": ["fp32"], "onnx": ["fp32"], "openvino": ["fp32", "bf16"]}
@@ -80,9 +80,7 @@ def test_numerics_sees_another_model(command: Command, tmp_path: Path, release: 
     manifest = from_bytes((release / MANIFEST).read_bytes(), "")
     swapped = hash_file(release, "onnx/model.onnx")
     artifacts = tuple(replace(a, files=(swapped,)) if a.format == "onnx" else a for a in manifest.artifacts)
-    changed = replace(manifest, artifacts=artifacts)
-    (release / MANIFEST).write_bytes(content := to_bytes(changed))
-    (release / SUMS).write_bytes(sums(changed, content))
+    seal(release, replace(manifest, artifacts=artifacts))
     assert command("verify", release).returncode == 0
     line = error_line(command("verify", release, "--numerics", cache=tmp_path / "cache"))
     assert "onnx fp32" in line

@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from compiler.hashing import canonical, hash_file
-from compiler.manifest import MANIFEST, SUMS, VALIDATION, Manifest, Source, from_bytes, sums, to_bytes
+from compiler.errors import RegistryError
+from compiler.hashing import canonical, hash_file, hash_folder
+from compiler.manifest import MANIFEST, SIGNATURE, SUMS, VALIDATION, Manifest, Source, from_bytes
+from compiler.registries import Version
+from compiler.stages.publish import pull, push, versions
 from compiler.types import Artifact, File, Signature, Tensor
+from compiler.verify import verify_files
+from tests.conftest import seal
 
 FILES = {
     "config.json": b'{"model_type": "bert"}\n',
@@ -40,9 +45,7 @@ def make_release(
     of_format = {format: tuple(file for file in found if file.path.startswith(f"{format}/")) for format in formats}
     own = tuple(file for file in found if not file.path.startswith(tuple(f"{format}/" for format in formats)))
     manifest = manifest_of(own, of_format, name=name, release=release)
-    content = to_bytes(manifest)
-    (folder / MANIFEST).write_bytes(content)
-    (folder / SUMS).write_bytes(sums(manifest, content))
+    seal(folder, manifest)
     return from_bytes((folder / MANIFEST).read_bytes(), str(folder))
 
 
@@ -77,6 +80,42 @@ def manifest_of(
         steps={},
         key="0" * 64,
     )
+
+
+def signed_round_trip(url: str, folder: Path) -> None:
+    """What every registry does: a signed release comes back with the same bytes and a signature that holds, is not sent
+    twice, and keeps its version; only an alias moves."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    from compiler.signing import sign, verify_signature
+    from tests.test_signing import no_password, write_key
+
+    key = write_key(folder, "key", ec.generate_private_key(ec.SECP256R1()))
+    first = make_release(folder / "first", {**FILES, "1_Pooling/config.json": b"{}"})
+    sign(folder / "first", key, no_password)
+    published = push(folder / "first", url, ("latest",))
+    assert (published.made, published.moved) == (True, ("latest",))
+
+    fetched, made = pull(f"{url}@latest", folder / "fetched")
+    assert made
+    assert hash_folder(folder / "fetched") == hash_folder(folder / "first")
+    assert {MANIFEST, SUMS, SIGNATURE} < {file.path for file in hash_folder(folder / "fetched")}
+    verify_files(folder / "fetched", fetched)
+    verify_signature(folder / "fetched", fetched, key.with_suffix(".pub"))
+
+    again = push(folder / "first", url, ("prod",))
+    assert (again.made, again.moved, again.version.aliases) == (False, ("prod",), ("latest", "prod"))
+    make_release(folder / "other", {"config.json": b"other"})
+    with pytest.raises(RegistryError) as caught:
+        push(folder / "other", url, ("prod",))
+    one_line(caught, "1.0.0 is published already, with other content")
+
+    second = make_release(folder / "second", release="1.1.0")
+    assert push(folder / "second", url, ("latest",)).moved == ("latest",)
+    assert versions(url) == (Version("1.0.0", first.identity, ("prod",)), Version("1.1.0", second.identity, ("latest",)))
+    assert pull(f"{url}@prod", folder / "fetched") == (first, False)
+    pull(url, folder / "unsigned")
+    assert hash_folder(folder / "unsigned") == hash_folder(folder / "second")
 
 
 def start(*lines: str, environment: Mapping[str, str] | None = None, stdin: int | None = None) -> subprocess.Popen[str]:

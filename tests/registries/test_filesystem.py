@@ -8,19 +8,18 @@ import signal
 import subprocess
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from compiler.errors import RegistryError, ReleaseError
 from compiler.hashing import list_files
-from compiler.manifest import MANIFEST, from_bytes, to_bytes
+from compiler.manifest import MANIFEST, SIGNATURE
 from compiler.registries import connect, filesystem
 from compiler.registries.filesystem import ABANDONED_SECONDS, INCOMING
 from compiler.stages.publish import alias, pull, push, versions
-from compiler.verify import read_release, verify_files
-from tests.registries.conftest import FILES, finish, make_release, one_line, race, start
+from compiler.verify import read_release, record_benchmark, verify_files
+from tests.registries.conftest import FILES, finish, make_release, one_line, race, signed_round_trip, start
 from tests.test_store import small_disk
 
 OTHER = {**FILES, "config.json": b'{"model_type": "other"}\n'}
@@ -79,8 +78,7 @@ class TestPushAndPull:
         assert versions(url)[0].aliases == ("latest",)
 
     def test_what_comes_back_is_what_was_sent(self, release: Path, url: str, tmp_path: Path) -> None:
-        for name in ("SHA256SUMS", "model.sig"):
-            (release / name).write_text(f"{name}\n")
+        (release / SIGNATURE).write_text("signature")
         push(release, url)
         manifest, made = pull(f"{url}@1.0.0", tmp_path / "out")
         assert made
@@ -299,9 +297,9 @@ class TestKilled:
 
 class TestFolder:
     def test_full_while_pushing(self, release: Path, tmp_path: Path) -> None:
-        with small_disk(tmp_path / "disk", "64k") as disk:
+        with small_disk(tmp_path / "disk", "128k") as disk:
             filler = disk / "filler"
-            filler.write_bytes(b"x" * 30_000)
+            filler.write_bytes(b"x" * 90_000)
             url = f"file://{disk}/registry"
             with pytest.raises(RegistryError) as caught:
                 push(release, url)
@@ -358,8 +356,7 @@ class TestFolder:
     def test_a_benchmark_that_was_recorded_meanwhile(self, release: Path, root: Path, url: str) -> None:
         """It is no part of what a release is: the version is the same, and stays as it was published."""
         push(release, url)
-        manifest = from_bytes((release / MANIFEST).read_bytes(), "")
-        (release / MANIFEST).write_bytes(to_bytes(replace(manifest, benchmark={"threads": 2})))
+        record_benchmark(release, {"threads": 2})
         assert not push(release, url).made
         assert read_release(root / "1.0.0")[0].benchmark is None
 
@@ -381,3 +378,7 @@ def test_nothing_is_sent_while_the_lock_is_held(release: Path, root: Path, url: 
         assert not push(release, url).made
     assert finish(first) == ["True"]
     assert copied == []
+
+
+def test_a_signed_release(url: str, tmp_path: Path) -> None:
+    signed_round_trip(url, tmp_path)

@@ -30,7 +30,7 @@ from compiler.registries import transfer
 from compiler.registries.mlflow import Model
 from compiler.stages import publish
 from compiler.types import File
-from tests.registries.conftest import make_release, manifest_of
+from tests.registries.conftest import make_release, manifest_of, signed_round_trip
 from tests.registries.proxy import ALWAYS, Fault, Proxy
 
 BIG = "onnx/model.onnx"
@@ -352,10 +352,10 @@ def test_corrupted_on_the_way_and_on_the_disk(server: Server, proxy: Proxy, url:
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ((File("../outside", "0" * 64, 1),), "no path inside"),
-        ((File("/tmp/outside", "0" * 64, 1),), "no path inside"),
+        ((File("../outside", "0" * 64, 1),), "no name of a file in a release"),
+        ((File("/tmp/outside", "0" * 64, 1),), "no name of a file in a release"),
         ((File("twice", "0" * 64, 1), File("twice", "1" * 64, 1)), "names a file twice"),
-        ((File(MANIFEST, "0" * 64, 1),), "names manifest.json"),
+        ((File(MANIFEST, "0" * 64, 1),), "names 'manifest.json', which is no name of a file in a release"),
     ],
 )
 def test_hostile_manifest(server: Server, url: str, release: Path, tmp_path: Path, files: tuple[File, ...], says: str) -> None:
@@ -657,3 +657,8 @@ def test_nothing_is_printed(first: tuple[Path, subprocess.CompletedProcess[str]]
     assert sorted(path.name for path in folder.iterdir()) == ["pulled", "release", "store"]
     assert hash_folder(folder / "pulled") == hash_folder(folder / "release")
     assert not list((folder / "store").rglob("MLmodel"))  # the pyfunc flavour comes on request
+
+
+@pytest.mark.parametrize("query", ["", "?pyfunc=true"])
+def test_a_signed_release(place: str, tmp_path: Path, query: str) -> None:
+    signed_round_trip(place + query, tmp_path)

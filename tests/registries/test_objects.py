@@ -17,13 +17,13 @@ from compiler.manifest import MANIFEST
 from compiler.registries import Parcel, connect, objects, transfer
 from compiler.stages.publish import alias, pull, push, versions
 from compiler.verify import read_release, verify_files
-from tests.registries.conftest import FILES, finish, make_release, one_line, race, start
+from tests.registries.conftest import FILES, finish, make_release, one_line, race, signed_round_trip, start
 from tests.registries.proxy import ALWAYS, Fault, Proxy
 from tests.registries.s3 import S3, environment
 
 OTHER = {**FILES, "config.json": b'{"model_type": "other"}\n'}
 SECRET = environment("")["AWS_SECRET_ACCESS_KEY"]
-FILE_COUNT = len(FILES) + 1  # with validation.json
+FILE_COUNT = len(FILES) + 2  # with validation.json and SHA256SUMS
 
 
 @pytest.fixture(scope="module")
@@ -447,3 +447,7 @@ class TestOtherStores:
         process = start(line, "try: connect('s3://bucket/x')", "except CompileError as error: print(error)")
         (said,) = finish(process)
         assert said.endswith("s3:// needs a package that is not installed: pip install 'aot-model-compiler[s3]'")
+
+
+def test_a_signed_release(url: str, tmp_path: Path) -> None:
+    signed_round_trip(url, tmp_path)

@@ -22,7 +22,7 @@ from compiler.errors import CompileError, RegistryError, ReleaseError, StageErro
 from compiler.registries import modelpack, oci, oci_client, transfer
 from compiler.registries.oci_client import Client, Upload
 from compiler.stages.publish import pull, push
-from tests.registries.conftest import FILES, make_release
+from tests.registries.conftest import FILES, make_release, signed_round_trip
 from tests.registries.proxy import ALWAYS, Fault, Proxy
 from tests.registries.servers import MISSING, ROOT, DockerRegistry, program
 
@@ -104,7 +104,6 @@ def refused_pull(url: str, folder: Path, kind: type[CompileError] = ReleaseError
 
 def test_a_release_comes_back_by_version_alias_and_digest(tmp_path: Path, url: str) -> None:
     manifest = make_release(tmp_path / "release", {**FILES, "empty.txt": b"", "ü/ß.json": b"{}"})
-    (tmp_path / "release" / "SHA256SUMS").write_bytes(b"sums")
     (tmp_path / "release" / "model.sig").write_bytes(b"signature")
     published = push(tmp_path / "release", url, ("latest", "prod"))
     assert published.made and published.moved == ("latest", "prod")
@@ -185,7 +184,6 @@ def test_the_artifact_is_a_modelpack_of_raw_layers_and_always_the_same_bytes(
         "provenance.json": b"{}",
     }
     manifest = make_release(tmp_path / "release", files)
-    (tmp_path / "release" / "SHA256SUMS").write_bytes(b"sums")
     push(tmp_path / "release", url, ("latest",))
     body, raw = stored_manifest(server, url)
     assert body["artifactType"] == "application/vnd.cncf.model.manifest.v1+json"
@@ -431,7 +429,6 @@ def test_a_bit_that_flips_on_the_way_is_found(tmp_path: Path, proxy: Proxy, via:
 @pytest.mark.parametrize("path", ["onnx/model.onnx", "manifest.json", "SHA256SUMS"])
 def test_a_blob_damaged_on_the_servers_disk_is_found(tmp_path: Path, own: DockerRegistry, damage: str, path: str) -> None:
     make_release(tmp_path / "release")
-    (tmp_path / "release" / "SHA256SUMS").write_bytes(b"sums")
     url = f"oci://{own.host}/m"
     push(tmp_path / "release", url)
     stored = (tmp_path / "release" / path).read_bytes()
@@ -704,3 +701,7 @@ def test_an_answer_without_end_is_not_read_to_its_end(tmp_path: Path, url: str, 
     proxy.inject(Fault(status=200, body=b" " * (modelpack.MANIFEST_BYTES + 1), path="/manifests/|/tags/", times=ALWAYS))
     assert "larger than any of a release" in failure(RegistryError, lambda: pull(f"{via}@1.0.0", tmp_path / "back"))
     assert "no OCI registry" in failure(RegistryError, lambda: registries.connect(via).list())
+
+
+def test_a_signed_release(url: str, tmp_path: Path) -> None:
+    signed_round_trip(url, tmp_path)

@@ -396,7 +396,7 @@ def test_netrc_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lis
         ("oci://", "not oci://host"),
         ("oci:///name", "not oci://host"),
         ("oci://host", "no repository's name"),
-        ("oci://host:port/name", "not oci://host"),
+        ("oci://host:port/name", "is no port"),
         ("oci://user@host/name", "not oci://host"),
         ("oci://host/name?query", "not oci://host"),
         ("oci://host/Name", "lower-case"),

@@ -173,6 +173,25 @@ class TestConfig:
 
 
 class TestCommands:
+    def test_a_signature_made_after_the_push(self, command: Command, tmp_path: Path, url: str) -> None:
+        """A published version takes nothing new: whoever signs too late is told so, and what is published has no signature."""
+        make_release(tmp_path / "one")
+        says = "nothing was sent, not even a signature made since: sign before you push; prod moved to it"
+        assert command("push", "one", url).returncode == 0
+        (tmp_path / "one" / SIGNATURE).write_text("signature")
+        late = command("push", "one", url, "--alias", "prod")
+        assert late.returncode == 0, late.stderr
+        assert late.stdout.splitlines()[0].endswith(says)
+        pull(f"{url}@prod", tmp_path / "back")
+        assert not is_signed(tmp_path / "back")
+
+    def test_a_signature_that_is_pushed(self, command: Command, tmp_path: Path, url: str) -> None:
+        make_release(tmp_path / "one")
+        (tmp_path / "one" / SIGNATURE).write_text("signature")
+        assert command("push", "one", url).stdout.splitlines()[0].endswith("published")
+        pull(f"{url}@1.0.0", tmp_path / "back")
+        assert (tmp_path / "back" / SIGNATURE).read_text() == "signature"
+
     def test_a_session(self, command: Command, tmp_path: Path, url: str) -> None:
         manifest = make_release(tmp_path / "one")
         make_release(tmp_path / "two", release="1.1.0")
@@ -182,7 +201,7 @@ class TestCommands:
         assert re.search(r"publish .* published", first.stderr)
         again = command("push", "one", url)
         assert again.returncode == 0
-        assert "is there already, the same; nothing was sent" in again.stdout
+        assert again.stdout.splitlines()[0].endswith("is there already, the same; nothing was sent")
         second = json.loads(command("push", "two", url, "--json").stdout)
         assert (second["release"], second["made"], second["moved"]) == ("1.1.0", True, [])
         listed = command("list", url)

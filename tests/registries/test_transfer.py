@@ -14,12 +14,13 @@ import pytest
 
 from compiler.errors import CompileError, RegistryError, ReleaseError, StageError
 from compiler.hashing import hash_file, list_files
-from compiler.manifest import MANIFEST, SUMS, VALIDATION, to_bytes
+from compiler.manifest import MANIFEST, SUMS, VALIDATION
 from compiler.registries import connect, precedence
 from compiler.registries.transfer import DELAYS, SMALL_BYTES, FaultError, retrying
 from compiler.stages.publish import pull
 from compiler.types import File
 from compiler.verify import read_release, verify_files
+from tests.conftest import seal
 from tests.registries.conftest import finish, make_release, manifest_of, one_line, start
 from tests.test_store import small_disk
 
@@ -51,8 +52,8 @@ def refused(root: Path, target: Path, reference: str = "1.0.0") -> str:
 def rewrite(root: Path, *files: File) -> None:
     """Exchange the manifest for a whole one that names these files as well."""
     folder = root / "1.0.0"
-    own = tuple(hash_file(folder, path) for path in list_files(folder) if path != MANIFEST)
-    (folder / MANIFEST).write_bytes(to_bytes(manifest_of((*own, *files))))
+    own = tuple(hash_file(folder, path) for path in list_files(folder) if path not in (MANIFEST, SUMS))
+    seal(folder, manifest_of((*own, *files)))
 
 
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -85,7 +86,7 @@ class TestHostileManifest:
     @pytest.mark.parametrize("path", [MANIFEST, SUMS, "model.sig"])
     def test_a_file_that_covers_the_manifest(self, root: Path, target: Path, path: str) -> None:
         rewrite(root, File(path, EMPTY, 0))
-        assert f"names {path} as a file of itself" in refused(root, target)
+        assert f"names {path!r}, which is no name of a file in a release" in refused(root, target)
 
     def test_a_file_named_twice(self, root: Path, target: Path) -> None:
         rewrite(root, hash_file(root / "1.0.0", "config.json"))
@@ -128,10 +129,10 @@ class TestHostileManifest:
             tuple(
                 File("more", found.sha256, size) if path == "more" else hash_file(root / "1.0.0", path)
                 for path in list_files(root / "1.0.0")
-                if path != MANIFEST
+                if path not in (MANIFEST, SUMS)
             )
         )
-        (root / "1.0.0" / MANIFEST).write_bytes(to_bytes(manifest))
+        seal(root / "1.0.0", manifest)
         assert content != (root / "1.0.0" / MANIFEST).read_bytes()
         assert "more" in refused(root, target)
 
@@ -164,10 +165,7 @@ class TestHostileFolder:
         """Links to the very same content, a device that never ends, a pipe that never answers: none of them is followed."""
         release = root / "1.0.0"
         path = {"folder": "onnx", "manifest": MANIFEST, "sums": SUMS}.get(kind, "config.json")
-        if kind == "sums":
-            (tmp_path / "elsewhere").write_text("sums")
-        else:
-            shutil.move(release / path, tmp_path / "elsewhere")
+        shutil.move(release / path, tmp_path / "elsewhere")
         if kind == "device":
             (release / path).symlink_to("/dev/zero")
         elif kind == "pipe":
@@ -211,8 +209,8 @@ class TestDamage:
 
 class TestTarget:
     def test_full(self, root: Path, tmp_path: Path) -> None:
-        with small_disk(tmp_path / "disk", "64k") as disk:
-            (disk / "filler").write_bytes(b"x" * 40_000)
+        with small_disk(tmp_path / "disk", "128k") as disk:
+            (disk / "filler").write_bytes(b"x" * 100_000)
             with pytest.raises(StageError) as caught:
                 pull(f"file://{root}@1.0.0", disk / "out")
             one_line(caught, "no space is left", str(disk))

@@ -13,11 +13,11 @@ import yaml
 from compiler import registries
 from compiler.errors import RegistryError
 from compiler.hashing import hash_folder
-from compiler.manifest import MANIFEST
+from compiler.manifest import MANIFEST, SUMS
 from compiler.registries.hub import precedence
 from compiler.stages.publish import pull, push
 from tests.conftest import run_command
-from tests.registries.conftest import FILES, make_release
+from tests.registries.conftest import FILES, make_release, signed_round_trip
 from tests.registries.hub.conftest import HubProcess
 
 LARGE = os.urandom(3 << 20)
@@ -79,7 +79,7 @@ def test_main_shows_the_newest_version_with_a_card(hub: HubProcess, url: str, tm
         if release == "2.0.0":
             newest = manifest
     shown = hub.files(url, "main")
-    assert set(shown) == {".gitattributes", "README.md", MANIFEST, *(file.path for file in newest.every_file)}
+    assert set(shown) == {".gitattributes", "README.md", MANIFEST, SUMS, *(file.path for file in newest.every_file)}
     card = hub.content(url, shown["README.md"]).read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front == {
@@ -177,3 +177,7 @@ def test_published_releases_can_be_compared(hub: HubProcess, url: str, tmp_path:
     assert result.returncode == 1, result.stderr
     assert json.loads(result.stdout)["files"]["changed"] == {"config.json": [2, 3]}
     assert "is worse than" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_signed_release(hub: HubProcess, url: str, tmp_path: Path) -> None:
+    signed_round_trip(url, tmp_path)
