@@ -14,9 +14,10 @@ import yaml
 
 from compiler.config import parse
 from compiler.errors import ConfigError
+from compiler.manifest import SIGNATURE
 from compiler.registries import parse as parse_url
-from compiler.stages.publish import push, versions
-from compiler.verify import read_release
+from compiler.stages.publish import pull, push, versions
+from compiler.verify import is_signed, read_release
 from tests.conftest import Command, error_line, write_pipeline
 from tests.registries.conftest import FILES, make_release
 from tests.test_plan import changed, planned
