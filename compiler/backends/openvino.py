@@ -62,7 +62,10 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
         return _save(program, out, target.precision)
     with rewrite.applied(model.module, Marked), _converted_twice() as packed:
         dense = OpenVINOExporter().export(model.module, dict(model.example), config).program
-    return _save(openvino_graph.join(dense, packed[0]), out, target.precision)
+    program = openvino_graph.join(dense, packed[0])
+    # A model may have an `If` of its own; this says that the one on top is ours, also to who reads the file again.
+    program.set_rt_info(str(rewrite.count), ["padding_free"])
+    return _save(program, out, target.precision)
 
 
 @contextlib.contextmanager
@@ -216,11 +219,13 @@ def _save(program: openvino.Model, out: Path, precision: Precision) -> dict[str,
 
 def _fusions(program: openvino.Model) -> dict[str, int]:
     """What stands for several operators; where there are two branches, in that for batches without padding."""
-    branch = next((node for node in program.get_ordered_ops() if node.get_type_name() == "If"), None)
-    layers = program if branch is None else branch.get_function(1)
+    packed = program.has_rt_info(["padding_free"])
+    layers = program
+    if packed:
+        layers = next(node for node in program.get_ordered_ops() if node.get_type_name() == "If").get_function(1)
     counts = Counter(node.get_type_name() for node in layers.get_ordered_ops())
-    if branch is not None:
-        counts["padding_free"] = counts["ScaledDotProductAttention"]
+    if packed:
+        counts["padding_free"] = int(program.get_rt_info(["padding_free"]).astype(str))
     return {name: counts[name] for name in FUSED if counts[name]}
 
 
