@@ -198,7 +198,7 @@ def gemm(model: Model) -> int:
         values = _array(weights)
         if source is None or source.shape is None or len(source.shape) != 3 or source.shape[0] != 1:
             continue
-        if values is None or values.ndim != 2 or found[2].shape != values.shape[1:]:
+        if values is None or values.ndim != 2:
             continue
         nodes = _Nodes(graph)
         flat = nodes("Reshape", source, nodes.ints(-1, values.shape[0]), name=f"{product.name}.flat")

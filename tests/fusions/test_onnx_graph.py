@@ -136,6 +136,13 @@ CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, list[Any]], dict[str, Arr
         {},
         [1, 5, 8],
     ),
+    "products from both sides": (
+        [*PRODUCTS, node("MatMul", "c x", "w")],
+        {"y": [1, 5, 4], "z": [1, 5, 6], "w": [1, 4, 8]},
+        {"a": array(8, 4), "b": array(8, 6), "c": array(4, 5)},
+        {"concat_linear": 1},
+        [1, 5, 8],
+    ),
     "products of two inputs, twice": (
         [*PRODUCTS, node("Relu", "x", "w"), node("MatMul", "w a", "u"), node("MatMul", "w b", "v")],
         {"y": [1, "tokens", 4], "z": [1, "tokens", 6], "u": [1, "tokens", 4], "v": [1, "tokens", 6]},
