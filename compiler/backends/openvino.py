@@ -32,6 +32,8 @@ ELEMENTWISE = frozenset({
 # fmt: on
 # Small constants (scales, shapes, norms) stay as they are: they weigh nothing and rounding them costs accuracy.
 SMALLEST_WEIGHT = 4096
+# What the names of the conversions of rounded weights end in.
+ROUNDED = "/rounded"
 
 
 def files(precision: Precision) -> tuple[str, ...]:
@@ -176,6 +178,7 @@ def reduce(out: Path, exported: Path, precision: Precision) -> dict[str, Any]:
     program.set_rt_info("bf16", ["runtime_options", "INFERENCE_PRECISION_HINT"])
     known = _save(program, out, precision)
     del arrays
+    _mark_rounded(out / files(precision)[0])
     return known
 
 
@@ -203,9 +206,27 @@ def _round_to_bf16(constant: openvino.Node) -> np.ndarray[Any, Any]:
     weight = openvino.op.Constant(tensor)
     weight.set_friendly_name(constant.get_friendly_name())
     convert = ops.convert(weight, "f32")
+    convert.set_friendly_name(constant.get_friendly_name() + ROUNDED)
     for port in constant.output(0).get_target_inputs():
         port.replace_source_output(convert.output(0))
     return rounded
+
+
+def _mark_rounded(path: Path) -> None:
+    """Say of the conversions of rounded weights, in the file, that they decompress. The CPU plugin then takes the weights as
+    they are, mapped from the file and shared by both branches; else it makes a copy of each for each branch.
+
+    From Python, OpenVINO can read that mark and not set it.
+    """
+    from xml.etree import ElementTree
+
+    tree = ElementTree.parse(path)  # noqa: S314 (our own file, just written)
+    for layer in tree.iter("layer"):
+        if layer.get("type") == "Convert" and layer.get("name", "").endswith(ROUNDED):
+            mark = ElementTree.Element("rt_info")
+            ElementTree.SubElement(mark, "attribute", name="decompression", version="0")
+            layer.insert(1, mark)  # behind the layer's data
+    tree.write(path, encoding="utf-8", xml_declaration=True)
 
 
 def _save(program: openvino.Model, out: Path, precision: Precision) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from compiler.backends import openvino as backend
+from compiler.fusions.openvino_graph import every_node
 from compiler.stages.load import run_eager
 from compiler.types import Artifact, File, Model, Target
 from tests.backends.conftest import export
@@ -44,6 +45,17 @@ def test_weights_are_rounded_as_torch_rounds(exported: tuple[Path, Path]) -> Non
         bits = np.asarray(bf16[name].data).view(np.uint16)
         expected = torch.from_numpy(np.array(fp32[name].data)).to(torch.bfloat16).view(torch.uint16).numpy()
         assert np.array_equal(bits.reshape(expected.shape), expected)
+
+
+def test_rounded_weights_are_used_as_they_are(model: Model, tmp_path: Path) -> None:
+    """In both branches, and what else is converted is not said to be a weight."""
+    export(backend, tmp_path / "fp32", model, Target("openvino", "fp32"))
+    backend.reduce(tmp_path / "bf16", tmp_path / "fp32", "bf16")
+    program = openvino.Core().read_model(tmp_path / "bf16/openvino/openvino_model_bf16.xml")
+    converts = [node for node in every_node(program) if node.get_type_name() == "Convert"]
+    rounded = [node for node in converts if node.input_value(0).get_element_type() == openvino.Type.bf16]
+    assert len(rounded) == 2 * len({node.input_value(0).get_node().data.ctypes.data for node in rounded}) > 0
+    assert [node for node in converts if "decompression_0" in node.get_rt_info()] == rounded
 
 
 def test_ties_round_to_even() -> None:
