@@ -160,7 +160,8 @@ def inspect(release: Path, as_json: bool) -> None:
     for artifact in manifest.artifacts:
         click.echo(f"\n{artifact.files[0].path}")
         click.echo(f"  runtime  {_pairs(artifact.runtime)}" + (f", opset {artifact.opset}" if artifact.opset else ""))
-        click.echo(f"  fast on  a CPU with {_either(artifact.fast_on)}")
+        if artifact.fast_on:  # not in a release that an earlier version made
+            click.echo(f"  fast on  a CPU with {_either(artifact.fast_on)}")
         click.echo(f"  fused    {_pairs(artifact.fusions, ' ') or 'nothing'}")
         for name, reason in artifact.declined.items():
             click.echo(f"  without  {name}: {reason}")
