@@ -288,7 +288,7 @@ class _Lowering:
         self.mask = mask
         self.counts: Counter[str] = Counter()
         self.shape = nodes("Shape", mask)
-        real = nodes("Greater", mask, nodes.scalar(0))
+        real = nodes("Not", nodes("Equal", mask, nodes.scalar(0)))
         flags = nodes("Cast", real, to=onnx_ir.DataType.INT32)
         none = nodes.constant(np.array(0, dtype=np.int32))
         self.padded = nodes("Equal", nodes("ReduceMin", flags, keepdims=0), none)
