@@ -395,23 +395,27 @@ def planned(plan: Plan, output: Path, store: Store) -> list[dict[str, str]]:
     history = read_history(history_path(output, spec.name))
     rows = []
     current = None
+    released: dict[tuple[str, str], Mapping[str, int]] = {}
     if (found := existing(target)) is not None:
         current = found[0].key == plan.package.key
+        if current:
+            released = {(made.format, made.precision): made.fusions for made in found[0].artifacts}
     failing = ""
     for step in plan.steps:
         reason = why(step, history.get(step.id), store)
         state = "cached" if reason is None else "run"
         if current:
             state, reason = "current", "the release is there and nothing changed"
-        elif state == "cached" and (verdict := _verdict(plan, step, store)):
+        if state != "run" and (verdict := _verdict(plan, step, store, released)):
             reason = failing = verdict
         elif step is plan.package:
-            state, reason = "run", "the release is not there yet"
             if current is False:
                 state = "refused"
                 reason = f"release {spec.release} is there with other content; set release: {free_release(target)}"
             elif failing:
                 state, reason = "blocked", failing
+            elif current is None:
+                state, reason = "run", "the release is not there yet"
         rows.append({"model": str(spec), "step": step.id, "state": state, "why": reason or "nothing changed"})
     ready = rows[-1]["state"] in ("run", "current")
     for destination in spec.publish:
@@ -420,19 +424,25 @@ def planned(plan: Plan, output: Path, store: Store) -> list[dict[str, str]]:
     return rows
 
 
-def _verdict(plan: Plan, step: Step, store: Store) -> str:
-    """Why a target of which it is known fails the build; empty when it does not."""
+def _verdict(plan: Plan, step: Step, store: Store, released: Mapping[tuple[str, str], Mapping[str, int]]) -> str:
+    """Why a target of which it is known fails the build; empty when it does not. `released` are the fusions of a release
+    that is there and current, by format and precision: those count, not the cache."""
     target = next((target for target in plan.validates if step in (plan.exports[target], plan.validates[target])), None)
-    entry = store.look(step, hashed=False)
-    if target is None or entry is None:
+    if target is None:
+        return ""
+    if released:  # its figures passed, by the same limits: those are in its key
+        info: Mapping[str, Any] = {"fusions": released[target.format, target.precision], "outputs": {}}
+    elif (entry := store.look(step, hashed=False)) is not None:
+        info = entry.info
+    else:
         return ""
     if step.stage == "export":
         try:
-            check_fusions(str(target), entry.info["fusions"], getattr(plan.spec.optimize.expect, target.format))
+            check_fusions(str(target), info["fusions"], getattr(plan.spec.optimize.expect, target.format))
         except StageError as error:
             return str(error)
         return ""
-    checks = judge(entry.info["outputs"], plan.spec.budget.limits(target.precision))
+    checks = judge(info["outputs"], plan.spec.budget.limits(target.precision))
     failed = [f"{check.name} {check.figure:.6g}, limit {check.limit:g}" for check in checks if not check.passed]
     return f"{target} fails its gate: {failed[0]}" if failed else ""
 

@@ -188,7 +188,8 @@ def inspect(release: Path, as_json: bool) -> None:
     for artifact in manifest.artifacts:
         click.echo(f"\n{artifact.files[0].path}")
         click.echo(f"  runtime  {_pairs(artifact.runtime)}" + (f", opset {artifact.opset}" if artifact.opset else ""))
-        click.echo(f"  fast on  a CPU with {_either(artifact.fast_on)}")
+        if artifact.fast_on:  # not in a release that an earlier version made
+            click.echo(f"  fast on  a CPU with {_either(artifact.fast_on)}")
         click.echo(f"  fused    {_pairs(artifact.fusions, ' ') or 'nothing'}")
         for name, reason in artifact.declined.items():
             click.echo(f"  without  {name}: {reason}")
@@ -258,7 +259,7 @@ def verify(
         if numerics:
             _table(manifest, reports, release)
     if rebuild:
-        from compiler.manifest import MANIFEST
+        from compiler.rebuild import RECORDS
         from compiler.rebuild import rebuild as run
 
         try:
@@ -271,7 +272,8 @@ def verify(
                 click.echo(f"differs  {name}")
             raise
         if not as_json:
-            without = "" if MANIFEST in again else f"; {MANIFEST} records another environment and was not compared"
+            left_out = [name for name in RECORDS if name not in again]
+            without = f"; not compared, since they record another environment: {', '.join(left_out)}" if left_out else ""
             click.echo(f"{manifest.name} {manifest.release}: built again, {len(again)} files are the same bytes{without}")
     if as_json:
         checks = [_report_json(report) for report in reports] if numerics else []

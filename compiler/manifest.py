@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -73,6 +73,8 @@ class Manifest:
     schema: Literal[1] = 1
     # What `bench --record` measured. It says nothing of what the release is, so the digest leaves it out.
     benchmark: Mapping[str, Any] | None = None
+    # The digest that was read with it: of what another version wrote, which may know fewer fields.
+    read: str | None = field(default=None, compare=False)
 
     @property
     def every_file(self) -> tuple[File, ...]:
@@ -81,8 +83,10 @@ class Manifest:
     @property
     def identity(self) -> str:
         """The digest (sha256, hex) of all that a release is, each file's hash included; a recorded benchmark is not in it."""
+        if self.read is not None:
+            return self.read
         body = asdict(self)
-        del body["benchmark"]
+        del body["benchmark"], body["read"]
         return digest(body)
 
 
@@ -90,6 +94,7 @@ def to_bytes(manifest: Manifest) -> bytes:
     """The content of manifest.json."""
     body = asdict(manifest)
     benchmark = body.pop("benchmark")
+    del body["read"]
     stored = {**body, "digest": digest(body)}
     if benchmark is not None:
         stored["benchmark"] = {**benchmark, "digest": digest(benchmark)}
@@ -125,7 +130,7 @@ def from_bytes(content: bytes, where: str) -> Manifest:
         whole = False
     if not whole:
         raise ReleaseError(f"{where}: changed since it was written; do not use this release, build or fetch it again")
-    manifest = replace(manifest, benchmark=benchmark)
+    manifest = replace(manifest, benchmark=benchmark, read=claimed)
     paths = [file.path for file in manifest.every_file]
     for path in paths:
         if not portable(path):

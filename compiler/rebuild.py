@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from compiler.bom import BOM
 from compiler.build import FOLDER, Context
 from compiler.config import ModelSpec
 from compiler.errors import CompileError, ConfigError, ReleaseError, SourceError
@@ -18,12 +19,15 @@ from compiler.hashing import file_sha256
 from compiler.manifest import MANIFEST, Manifest, differences
 from compiler.pipeline import build_model
 from compiler.plan import Plan, make_plan
+from compiler.provenance import PROVENANCE
 from compiler.store import Store, remove, scratch, writing
 from compiler.types import Event
 from compiler.verify import find_original, homes
 
 # Where a rebuild that failed leaves its log, and what did not pass, below the cache.
 KEPT = "rebuild"
+# What names the packages and the compiler that made a release: in another environment it is another.
+RECORDS = (MANIFEST, BOM, PROVENANCE)
 
 
 def rebuild(
@@ -38,7 +42,7 @@ def rebuild(
     any_environment: bool = False,
 ) -> tuple[str, ...]:
     """Build a release again with an empty cache, below `work`, and compare every file; returns their names. In another
-    environment its manifest, which records that, is left out.
+    environment `RECORDS` are left out.
 
     Args:
         source: where the checkpoint is now, when it is not where the manifest says.
@@ -68,8 +72,10 @@ def rebuild(
             raise _moved(error, str(context.output / FOLDER), str(work / KEPT)) from error
     before = {file.path: file.sha256 for file in manifest.every_file}
     after = {file.path: file.sha256 for file in made.every_file}
-    if not environment:
-        before[MANIFEST], after[MANIFEST] = manifest.identity, made.identity
+    before[MANIFEST], after[MANIFEST] = manifest.identity, made.identity
+    for name in RECORDS if environment else ():
+        before.pop(name, None)
+        after.pop(name, None)
     changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
     if changed:
         raise ReleaseError(

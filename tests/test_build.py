@@ -438,6 +438,15 @@ def test_a_fusion_that_stops_firing_fails_the_build(command: Command, tmp_path: 
     run = command(write_pipeline(tmp_path, "path:checkpoint", targets=targets, optimize={"expect": expect}))
     assert run.returncode == 1
     assert "openvino fp32: padding_free fired 2 times, optimize.expect says 3" in error_line(run)
+    # Which plan says too, with or without a cache: what the release holds is what counts.
+    for cache in ({}, {"cache": tmp_path / "empty"}):
+        rows = {row["step"]: row for row in json.loads(command("plan", pipeline, "--json", **cache).stdout)}
+        assert rows["export openvino fp32"]["state"] == "current"
+        assert "padding_free fired 2 times" in rows["export openvino fp32"]["why"]
+        assert rows["validate openvino fp32"]["why"] == "the release is there and nothing changed"
+        assert rows["export onnx fp32"]["why"] == "the release is there and nothing changed"
+        assert rows["package"]["state"] == "blocked"
+        assert "padding_free fired 2 times" in rows["package"]["why"]
 
 
 def test_inspect_says_what_was_fused_and_where_it_is_fast(command: Command, tmp_path: Path, bert: Path) -> None:

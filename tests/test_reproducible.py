@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 
+from compiler.bom import BOM
 from compiler.hashing import hash_file
 from compiler.manifest import MANIFEST, Made, Manifest, from_bytes
+from compiler.provenance import PROVENANCE
 from tests.conftest import Command, error_line, run_command, seal, write_pipeline
 from tests.hub import Hub
 from tests.zoo import save_checkpoint
@@ -238,7 +240,7 @@ def test_rebuild_names_what_differs(command: Command, tmp_path: Path, release: P
     edit(release, lambda old: replace(old, artifacts=(replace(old.artifacts[0], files=(swapped,)),)))
     assert command("verify", release).returncode == 0
     result = command("verify", release, "--rebuild")
-    assert "2 of 7 files come out different" in error_line(result)
+    assert "2 of 9 files come out different" in error_line(result)
     assert [line for line in result.stdout.splitlines() if line.startswith("differs")] == [
         "differs  manifest.json",
         "differs  torchscript/model.pt",
@@ -247,13 +249,21 @@ def test_rebuild_names_what_differs(command: Command, tmp_path: Path, release: P
 
 def test_rebuild_in_another_environment(command: Command, release: Path) -> None:
     edit(release, made_with(torch="2.12.0", cpu="x86_64 avx2"))
+    torch = from_bytes((release / MANIFEST).read_bytes(), "").libraries["torch"]
+    for name in (BOM, PROVENANCE):  # which name it too
+        content = (release / name).read_text()
+        assert torch in content
+        (release / name).write_text(content.replace(torch, "2.12.0"))
+    edit(release, lambda old: replace(old, files=tuple(hash_file(release, file.path) for file in old.files)))
+    assert command("verify", release).returncode == 0
     line = error_line(command("verify", release, "--rebuild"))
     assert "torch 2.12.0 → 2." in line
     assert "cpu x86_64 avx2 → " in line
     assert "give --any-environment" in line
     result = command("verify", release, "--rebuild", "--any-environment")
     assert result.returncode == 0, result.stderr
-    assert "6 files are the same bytes; manifest.json records another environment and was not compared" in result.stdout
+    assert "6 files are the same bytes; not compared, since they record another environment: " in result.stdout
+    assert result.stdout.endswith(f": {MANIFEST}, {BOM}, {PROVENANCE}\n")
 
 
 def test_rebuild_wants_the_same_text(command: Command, tmp_path: Path, release: Path) -> None:

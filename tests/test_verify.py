@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from compiler.hashing import hash_file
+from compiler.hashing import canonical, digest, hash_file
 from compiler.manifest import MANIFEST, from_bytes
 from tests.conftest import Command, error_line, seal, write_pipeline
 from tests.zoo import save_checkpoint
@@ -140,3 +140,18 @@ def test_inspect(command: Command, release: Path) -> None:
     assert answer["manifest"]["name"] == "tiny"
     assert len(answer["checks"]) == 4
     assert "no such release" in error_line(command("inspect", release.parent / "2.0.0"))
+
+
+def test_inspect_without_what_earlier_versions_did_not_write(command: Command, release: Path) -> None:
+    path = release / "manifest.json"
+    body = json.loads(path.read_bytes())
+    del body["digest"]
+    for artifact in body["artifacts"]:
+        assert artifact.pop("fast_on")
+    content = canonical({**body, "digest": digest(body)})
+    path.write_bytes(content)
+    assert from_bytes(content, "").identity == digest(body)
+    result = command("inspect", release)
+    assert result.returncode == 0, result.stderr
+    assert "  fused    " in result.stdout
+    assert "fast on" not in result.stdout

@@ -32,6 +32,8 @@ ELEMENTWISE = frozenset({
 # fmt: on
 # Small constants (scales, shapes, norms) stay as they are: they weigh nothing and rounding them costs accuracy.
 SMALLEST_WEIGHT = 4096
+# What the names of the conversions of rounded weights end in.
+ROUNDED = "/rounded"
 
 
 def files(precision: Precision) -> tuple[str, ...]:
@@ -62,7 +64,10 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
         return _save(program, out, target.precision)
     with rewrite.applied(model.module, Marked), _converted_twice() as packed:
         dense = OpenVINOExporter().export(model.module, dict(model.example), config).program
-    return _save(openvino_graph.join(dense, packed[0]), out, target.precision)
+    program = openvino_graph.join(dense, packed[0])
+    # A model may have an `If` of its own; this says that the one on top is ours, also to who reads the file again.
+    program.set_rt_info(str(rewrite.count), ["padding_free"])
+    return _save(program, out, target.precision)
 
 
 @contextlib.contextmanager
@@ -173,6 +178,7 @@ def reduce(out: Path, exported: Path, precision: Precision) -> dict[str, Any]:
     program.set_rt_info("bf16", ["runtime_options", "INFERENCE_PRECISION_HINT"])
     known = _save(program, out, precision)
     del arrays
+    _mark_rounded(out / files(precision)[0])
     return known
 
 
@@ -200,9 +206,27 @@ def _round_to_bf16(constant: openvino.Node) -> np.ndarray[Any, Any]:
     weight = openvino.op.Constant(tensor)
     weight.set_friendly_name(constant.get_friendly_name())
     convert = ops.convert(weight, "f32")
+    convert.set_friendly_name(constant.get_friendly_name() + ROUNDED)
     for port in constant.output(0).get_target_inputs():
         port.replace_source_output(convert.output(0))
     return rounded
+
+
+def _mark_rounded(path: Path) -> None:
+    """Say of the conversions of rounded weights, in the file, that they decompress. The CPU plugin then takes the weights as
+    they are, mapped from the file and shared by both branches; else it makes a copy of each for each branch.
+
+    From Python, OpenVINO can read that mark and not set it.
+    """
+    from xml.etree import ElementTree
+
+    tree = ElementTree.parse(path)  # noqa: S314 (our own file, just written)
+    for layer in tree.iter("layer"):
+        if layer.get("type") == "Convert" and layer.get("name", "").endswith(ROUNDED):
+            mark = ElementTree.Element("rt_info")
+            ElementTree.SubElement(mark, "attribute", name="decompression", version="0")
+            layer.insert(1, mark)  # behind the layer's data
+    tree.write(path, encoding="utf-8", xml_declaration=True)
 
 
 def _save(program: openvino.Model, out: Path, precision: Precision) -> dict[str, Any]:
@@ -216,11 +240,13 @@ def _save(program: openvino.Model, out: Path, precision: Precision) -> dict[str,
 
 def _fusions(program: openvino.Model) -> dict[str, int]:
     """What stands for several operators; where there are two branches, in that for batches without padding."""
-    branch = next((node for node in program.get_ordered_ops() if node.get_type_name() == "If"), None)
-    layers = program if branch is None else branch.get_function(1)
+    packed = program.has_rt_info(["padding_free"])
+    layers = program
+    if packed:
+        layers = next(node for node in program.get_ordered_ops() if node.get_type_name() == "If").get_function(1)
     counts = Counter(node.get_type_name() for node in layers.get_ordered_ops())
-    if branch is not None:
-        counts["padding_free"] = counts["ScaledDotProductAttention"]
+    if packed:
+        counts["padding_free"] = int(program.get_rt_info(["padding_free"]).astype(str))
     return {name: counts[name] for name in FUSED if counts[name]}
 
 

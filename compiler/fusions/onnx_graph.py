@@ -1,7 +1,8 @@
 """Fusions of an ONNX graph, into the operators that ONNX Runtime has for CPUs; each says how often it fired.
 
 What is fused, and what not, was measured on CPUs: `SkipLayerNormalization` is kept out, since its kernel takes three times as
-long as the additions and the norm that it stands for.
+long as the additions and the norm that it stands for. Which is also why the fusions of transformers' exporter
+(`OnnxConfig(ort_fusions="cpu")`) are not used: on a BERT they make that and `BiasGelu`, and leave attention as it is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
+import onnx_ir.passes.common
 from onnx_ir import Graph, Model, Node, Value
 
 from compiler.fusions.markers import NAMESPACE
@@ -86,7 +88,7 @@ class _Nodes:
         for number, output in enumerate(node.outputs):
             output.name = f"{node.name}.{number}"
             if domain == MICROSOFT:  # ONNX's own inference of types stops at operators that it does not know
-                output.dtype, output.shape = onnx_ir.DataType.FLOAT, onnx_ir.Shape([None, None, None])
+                output.dtype = onnx_ir.DataType.FLOAT
         self.made.append(node)
         return node.outputs[0] if outputs == 1 else node.outputs
 
@@ -130,13 +132,15 @@ def _made_by(value: Value | None, operator: str) -> Node | None:
 
 
 def _plus_bias(value: Value | None) -> tuple[Value, Value, np.ndarray[Any, Any]] | None:
-    """What is added to, and the one-dimensional constant that is added, with its values."""
+    """What is added to, and the one-dimensional constant, as long as its last axis, that is added, with its values."""
     node = _made_by(value, "Add")
     if node is None:
         return None
     for one, other in (node.inputs, node.inputs[::-1]):
         array = _array(other)
-        if one is not None and other is not None and array is not None and array.ndim == 1 and _array(one) is None:
+        if one is None or other is None or array is None or _array(one) is not None or not one.shape:
+            continue
+        if array.shape == (one.shape[-1],):  # else one of the two is broadcast
             return one, other, array
     return None
 
@@ -161,8 +165,7 @@ def concat_linear(model: Model) -> int:
         if (shape := products[0].outputs[0].shape) is not None:
             product.shape = onnx_ir.Shape([*shape[:-1], joined.shape[1]])
         for node, part in zip(products, parts, strict=True):
-            part.dtype, part.shape = node.outputs[0].dtype, node.outputs[0].shape
-            node.outputs[0].replace_all_uses_with(part)
+            _stand_in(part, node.outputs[0])
             graph.remove(node, safe=True)
         fired += 1
     return fired
@@ -189,13 +192,13 @@ def gemm(model: Model) -> int:
     for node in list(graph):
         found = _plus_bias(node.outputs[0]) if node.op_type == "Add" else None
         product = None if found is None else _made_by(found[0], "MatMul")
-        if found is None or product is None or len(found[0].uses()) != 1:
+        if found is None or product is None or len(found[0].uses()) != 1 or found[0].is_graph_output():
             continue
         source, weights = product.inputs
         values = _array(weights)
         if source is None or source.shape is None or len(source.shape) != 3 or source.shape[0] != 1:
             continue
-        if values is None or values.ndim != 2 or found[2].shape != values.shape[1:]:
+        if values is None or values.ndim != 2:
             continue
         nodes = _Nodes(graph)
         flat = nodes("Reshape", source, nodes.ints(-1, values.shape[0]), name=f"{product.name}.flat")
@@ -207,12 +210,15 @@ def gemm(model: Model) -> int:
 
 
 def _replace(graph: Graph, old: Node, new: Node) -> None:
-    output, was = new.outputs[0], old.outputs[0]
-    output.dtype, output.shape, output.name = was.dtype, was.shape, was.name
     graph.insert_before(old, new)
-    was.replace_all_uses_with(output, replace_graph_outputs=True)
+    _stand_in(new.outputs[0], old.outputs[0])
     graph.remove(old, safe=True)
-    was.name = None
+
+
+def _stand_in(value: Value, was: Value) -> None:
+    """Use a value wherever another is, by that one's name, which an output of the graph must keep."""
+    value.dtype, value.shape, value.name, was.name = was.dtype, was.shape, was.name, None
+    was.replace_all_uses_with(value, replace_graph_outputs=True)
 
 
 def fuse(model: Model) -> dict[str, int]:
@@ -223,6 +229,7 @@ def fuse(model: Model) -> dict[str, int]:
     counts["concat_linear"] = concat_linear(model)
     counts["Gemm"] = gemm(model)
     remove_unused(model)
+    onnx_ir.passes.common.NameFixPass()(model)  # nodes that are named after others without a name share one
     _forget_shapes(model.graph)
     model.opset_imports.pop(NAMESPACE, None)
     if any(node.domain == MICROSOFT for node in model.graph.all_nodes()):
@@ -263,11 +270,7 @@ def padding_free(model: Model) -> dict[str, int]:
         else:
             output = lowering.moved[node]
         here.before(node)
-        was = node.outputs[0]
-        output.dtype, output.shape = was.dtype, was.shape
-        was.replace_all_uses_with(output, replace_graph_outputs=True)
-        if output.is_graph_output():
-            was.name, output.name = None, was.name
+        _stand_in(output, node.outputs[0])
     for node in markers:
         graph.remove(node, safe=True)
     graph.sort()  # what is packed may be computed behind the start
@@ -285,7 +288,7 @@ class _Lowering:
         self.mask = mask
         self.counts: Counter[str] = Counter()
         self.shape = nodes("Shape", mask)
-        real = nodes("Greater", mask, nodes.scalar(0))
+        real = nodes("Not", nodes("Equal", mask, nodes.scalar(0)))
         flags = nodes("Cast", real, to=onnx_ir.DataType.INT32)
         none = nodes.constant(np.array(0, dtype=np.int32))
         self.padded = nodes("Equal", nodes("ReduceMin", flags, keepdims=0), none)
@@ -383,7 +386,7 @@ class _Lowering:
         packed = then("ScatterND", zeros, then("Unsqueeze", self.places, then.ints(1)), tokens)
         dense = otherwise("Squeeze", hidden, otherwise.ints(0))
         (flat,) = self._branch(op, then, [packed], otherwise, [dense])
-        return op("Reshape", flat, op("Concat", self.shape, op.ints(width), axis=0))
+        return op("Reshape", flat, op("Concat", self.shape, op.ints(width), axis=0), allowzero=1)
 
     def attention(self, op: _Nodes, marker: Node) -> Value:
         heads, size = _size(marker.inputs[0], 1), _size(marker.inputs[0], 3)
@@ -403,10 +406,10 @@ class _Lowering:
             # Inside of the branches, since the operator of one of them does the product as well.
             source, weights = products[0], op.constant(products[1])
             whole = otherwise("Concat", self.shape, otherwise.ints(len(products[1])), axis=0)
-            inputs = [otherwise("Reshape", source, whole), weights, bias]
+            inputs = [otherwise("Reshape", source, whole, allowzero=1), weights, bias]
             found = then("Split", then("MatMul", source, weights), then.ints(width, width, width), outputs=3, axis=-1)
         else:
-            inputs = [*(otherwise("Reshape", part, shape) for part in found), bias, None]
+            inputs = [*(otherwise("Reshape", part, shape, allowzero=1) for part in found), bias, None]
         tokens = [then("Squeeze", part, then.ints(0)) for part in found]
         outputs = []
         for (rows, lengths), bias_near in zip(self.groups, near, strict=True):

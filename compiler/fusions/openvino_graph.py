@@ -113,7 +113,7 @@ class Lowering:
 
 class _Layout:
     def __init__(self, mask: Output) -> None:
-        given = ops.greater(mask, _int(0))
+        given = ops.not_equal(mask, _int(0))
         self.alive = ops.reduce_logical_or(given, _ints(0, 1), False)
         # A batch of nothing but padding is packed as if all of it were real, and then answered with zeros.
         real = ops.logical_or(given, ops.logical_not(self.alive))
@@ -172,7 +172,7 @@ def join(dense: Model, packed: Model) -> Model:
         name = port.get_any_name()
         parameters[name] = ops.parameter([-1, -1], np.int64, name)
         parameters[name].output(0).get_tensor().set_names({name})
-    real = ops.convert(ops.greater(parameters["attention_mask"], _int(0)), "i32")
+    real = ops.convert(ops.not_equal(parameters["attention_mask"], _int(0)), "i32")
     choice = ops.if_op(ops.equal(ops.reduce_min(real, _ints(0, 1), False), ops.constant(np.int32(0))).output(0))
     choice.set_then_body(packed)
     choice.set_else_body(dense)

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import openvino
+import openvino.opset14 as ops
 import pytest
 import torch
 
 from compiler.backends import openvino as backend
+from compiler.fusions.openvino_graph import every_node
 from compiler.stages.load import run_eager
 from compiler.types import Artifact, File, Model, Target
 from tests.backends.conftest import export
@@ -45,6 +47,17 @@ def test_weights_are_rounded_as_torch_rounds(exported: tuple[Path, Path]) -> Non
         assert np.array_equal(bits.reshape(expected.shape), expected)
 
 
+def test_rounded_weights_are_used_as_they_are(model: Model, tmp_path: Path) -> None:
+    """In both branches, and what else is converted is not said to be a weight."""
+    export(backend, tmp_path / "fp32", model, Target("openvino", "fp32"))
+    backend.reduce(tmp_path / "bf16", tmp_path / "fp32", "bf16")
+    program = openvino.Core().read_model(tmp_path / "bf16/openvino/openvino_model_bf16.xml")
+    converts = [node for node in every_node(program) if node.get_type_name() == "Convert"]
+    rounded = [node for node in converts if node.input_value(0).get_element_type() == openvino.Type.bf16]
+    assert len(rounded) == 2 * len({node.input_value(0).get_node().data.ctypes.data for node in rounded}) > 0
+    assert [node for node in converts if "decompression_0" in node.get_rt_info()] == rounded
+
+
 def test_ties_round_to_even() -> None:
     values = np.array([1.0, 1.00390625, 1.01171875, -1.00390625, 3.3895314e38, 1e-40], dtype=np.float32)
     many = np.tile(values, 1000)
@@ -77,6 +90,29 @@ def test_bounds_of_the_table(exported: tuple[Path, Path], mpnet: Model) -> None:
     artifact = Artifact("openvino", "fp32", files, backend.runtime("fp32"), "")
     actual = backend.open(exported[0], artifact, 1)(inputs)["last_hidden_state"]
     assert np.abs(actual - run_eager(mpnet, inputs)["last_hidden_state"]).max() < 1e-4
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_packing_is_counted_where_it_is_ours(model: Model, own: bool, tmp_path: Path) -> None:
+    """A model may choose between branches with attention by itself; that is not running on packed tokens."""
+    if own:
+        parameter = ops.parameter([-1, 4, -1, 8], np.float32, "x")
+        flag = ops.parameter([], np.bool_, "flag")
+        choice = ops.if_op(flag.output(0))
+        bodies = []
+        for _ in range(2):
+            inner = ops.parameter([-1, 4, -1, 8], np.float32)
+            bodies.append(openvino.Model([ops.result(ops.scaled_dot_product_attention(*[inner] * 3))], [inner]))
+        choice.set_then_body(bodies[0])
+        choice.set_else_body(bodies[1])
+        choice.set_input(parameter.output(0), *(body.get_parameters()[0] for body in bodies))
+        output = choice.set_output(*(body.get_results()[0] for body in bodies))
+        known = backend._save(openvino.Model([ops.result(output)], [parameter, flag]), tmp_path / "fp32", "fp32")
+    else:
+        known = export(backend, tmp_path / "fp32", model, Target("openvino", "fp32"))
+    assert known["fusions"].get("padding_free", 0) == (0 if own else 2)
+    # And so when the file is read again.
+    assert backend.reduce(tmp_path / "bf16", tmp_path / "fp32", "bf16")["fusions"] == known["fusions"]
 
 
 def test_fp32_is_pinned(exported: tuple[Path, Path]) -> None:

@@ -328,11 +328,13 @@ def test_a_model_that_cannot_take_the_attention_is_as_before(tmp_path: Path, mon
 def test_masks_that_a_file_cannot_take_are_told(tmp_path: Path) -> None:
     """As the original takes it, every value but 0 is a real token; a mask of another shape is refused, not misread."""
     model = load_checkpoint(save_checkpoint(tmp_path / "bert", "bert"))
-    run = opened(model, "torchscript", tmp_path / "artifact")
     mask = masks()["right"]
     given = {name: value.numpy() for name, value in inputs(model, mask).items()}
-    expected = run(given)["last_hidden_state"]
-    assert (run({**given, "attention_mask": -given["attention_mask"]})["last_hidden_state"] == expected).all()
+    for format in sorted(BACKENDS):
+        run = opened(model, format, tmp_path / format)
+        expected = run(given)["last_hidden_state"]
+        assert (run({**given, "attention_mask": -given["attention_mask"]})["last_hidden_state"] == expected).all()
+    run = opened(model, "torchscript", tmp_path / "again")
     for other in (given["attention_mask"][:1], given["attention_mask"][:, None, None]):
         with pytest.raises(Exception, match=r"attention_mask: must be \[batch, sequence\]"):
             run({**given, "attention_mask": other})
