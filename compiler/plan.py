@@ -47,7 +47,7 @@ PACKAGE_LIBRARIES = ("cyclonedx-python-lib", "in-toto-attestation", "packageurl-
 TALK = (
     "__main__.py",
     "bench.py",
-    "cli.py",
+    "cli/",
     "diff.py",
     "diff_text.py",
     "graphs.py",
