@@ -9,10 +9,10 @@ compile: .venv/ready
 	$(BIN)/compile pipeline.yaml
 
 test: .venv/ready .venv/servers/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: .venv/ready .venv/servers/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv/ready
 	$(BIN)/ruff check .
