@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from compiler.config import NAME, SEMVER
 from compiler.errors import ReleaseError
 from compiler.hashing import canonical, digest
 from compiler.types import Artifact, File, Signature
@@ -27,6 +28,7 @@ SUMS = "SHA256SUMS"
 SIGNATURE = "model.sig"
 # Files of a release that its manifest cannot list, since they cover the manifest itself.
 OUTSIDE = (SUMS, SIGNATURE)
+RESERVED = {name.casefold() for name in (MANIFEST, *OUTSIDE)}
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,13 @@ def to_bytes(manifest: Manifest) -> bytes:
     body = asdict(manifest)
     benchmark = body.pop("benchmark")
     del body["read"]
-    stored = {**body, "digest": digest(body)}
-    if benchmark is not None:
-        stored["benchmark"] = {**benchmark, "digest": digest(benchmark)}
-    return canonical(stored)
+    stored = canonical({**body, "digest": digest(body)})
+    return stored if benchmark is None else with_benchmark(stored, benchmark)
+
+
+def with_benchmark(content: bytes, benchmark: Mapping[str, Any]) -> bytes:
+    """The content of a manifest.json with another benchmark. All else stays as it was written, by whatever version."""
+    return canonical({**json.loads(content), "benchmark": {**benchmark, "digest": digest(benchmark)}})
 
 
 def from_bytes(content: bytes, where: str) -> Manifest:
@@ -131,6 +136,13 @@ def from_bytes(content: bytes, where: str) -> Manifest:
     if not whole:
         raise ReleaseError(f"{where}: changed since it was written; do not use this release, build or fetch it again")
     manifest = replace(manifest, benchmark=benchmark, read=claimed)
+    if not re.fullmatch(NAME, manifest.name) or not re.fullmatch(SEMVER, manifest.release):
+        raise ReleaseError(
+            f"{where}: {manifest.name!r} {manifest.release!r} is no name and version of a release; do not use it"
+        )
+    for file in (*manifest.every_file, *manifest.source.files):
+        if file.size < 0:
+            raise ReleaseError(f"{where}: {file.path!r} has a size of {file.size} bytes, which no file has; do not use it")
     paths = [file.path for file in manifest.every_file]
     for path in paths:
         if not portable(path):
@@ -142,11 +154,12 @@ def from_bytes(content: bytes, where: str) -> Manifest:
 
 def portable(path: str) -> bool:
     """Whether a manifest may list a path: relative, inside the release, in its only form, without what another system or the
-    lines of SHA256SUMS would take for something else, and none of the files that cover the manifest."""
+    lines of SHA256SUMS would take for something else, and none of the files that cover the manifest, in whatever case: on some
+    disks they are the same."""
     pure = PurePosixPath(path)
     if not pure.parts or pure.is_absolute() or ".." in pure.parts or str(pure) != path:
         return False
-    return not re.search(r"[\\:\x00-\x1f\x7f]", path) and pure.parts[0] not in (MANIFEST, *OUTSIDE)
+    return not re.search(r"[\\:\x00-\x1f\x7f]", path) and pure.parts[0].casefold() not in RESERVED
 
 
 def sums(manifest: Manifest, content: bytes) -> bytes:

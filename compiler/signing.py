@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from compiler.errors import ReleaseError, SigningError
-from compiler.hashing import hash_files, sync
+from compiler.hashing import hash_files
 from compiler.manifest import MANIFEST, SIGNATURE, SUMS, Manifest
-from compiler.store import scratch, writing
-from compiler.verify import read_release, verify_files
+from compiler.store import scratch, write_file, writing
+from compiler.verify import check_unpublished, read_release, verify_files
 
 # As sigstore's bundles and in-toto's statements name themselves.
 BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -34,12 +34,14 @@ def sign(path: Path, key: Path, password: Callable[[], str]) -> Manifest:
         password: asked for when the key is encrypted.
 
     Raises:
-        ReleaseError: the release is damaged.
+        ReleaseError: the release is damaged, or stands in a registry.
         SigningError: the key cannot be used, or the library is not installed.
         StageError: the signature cannot be written.
     """
     library = _library()
-    config = _signer(library, key, password).set_hashing_config(_hashing(library))
+    config, order = _signer(library, key, password)
+    config.set_hashing_config(_hashing(library))
+    check_unpublished(path)
     manifest, _ = read_release(path)
     verify_files(path, manifest)
     expected = _hashes(path, manifest)
@@ -49,10 +51,12 @@ def sign(path: Path, key: Path, password: Callable[[], str]) -> Manifest:
             config.sign(root, aside / SIGNATURE)
         except ValueError as error:
             raise ReleaseError(f"{path}: cannot be signed ({error}); verify it again") from error
-        if _signed(_bundle(aside / SIGNATURE)) != expected:
+        bundle = _bundle(aside / SIGNATURE)
+        if _signed(bundle) != expected:
             raise ReleaseError(f"{path}: changed while it was signed; verify it, and sign it again")
-        with open(aside / SIGNATURE, "rb+") as stream:
-            sync(stream)
+        (envelope,) = bundle["dsseEnvelope"]["signatures"]
+        envelope["sig"] = _smaller(envelope["sig"], order)
+        write_file(aside / SIGNATURE, _to_bytes(bundle))
         os.replace(aside / SIGNATURE, root / SIGNATURE)
     return manifest
 
@@ -84,21 +88,33 @@ def verify_signature(path: Path, manifest: Manifest, key: Path) -> None:
         verifier.verify(path.resolve(), path.resolve() / SIGNATURE)
     except Exception as error:  # the library lets through what its parts raise
         raise ReleaseError(f"{path}: {SIGNATURE} was not made with {key}, or was changed; do not use this release") from error
+    signature = bundle["dsseEnvelope"]["signatures"][0]["sig"]
+    if signature != _smaller(signature, _public(key).curve.group_order):
+        # Whoever has the one form can write the other, without the key.
+        raise ReleaseError(
+            f"{path}: {SIGNATURE} was changed, or is not in the form (the smaller s) that `compile sign` writes, which "
+            "half of other tools' signatures are not; sign it again, or do not use this release"
+        )
 
 
 def fingerprint(key: Path) -> str:
     """The sha256 (hex) of a public key, as signatures name it. Raises SigningError when it is none that signs releases."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return hashlib.sha256(_public(key).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+
+
+def _public(key: Path) -> Any:
     from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
-        public = load_pem_public_key(key.read_bytes())
+        return load_pem_public_key(key.read_bytes())
     except OSError as error:
         raise SigningError(f"{key}: cannot be read ({error.strerror})") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         hint = f"openssl ec -in {key} -pubout makes it of a private one"
         raise SigningError(f"{key}: is no EC public key (PEM); {hint}") from error
-    return hashlib.sha256(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
 def _library() -> Any:
@@ -118,18 +134,22 @@ def _hashing(library: Any) -> Any:
     return library.hashing.Config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False).set_allow_symlinks(False)
 
 
-def _signer(library: Any, key: Path, password: Callable[[], str]) -> Any:
+def _signer(library: Any, key: Path, password: Callable[[], str]) -> tuple[Any, int]:
+    """What signs with a key, and the order of its curve's group."""
     from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     config = library.signing.Config()
     secret = None
     try:
         try:
-            return config.use_elliptic_key_signer(private_key=key)
+            config.use_elliptic_key_signer(private_key=key)
         except TypeError:  # it is encrypted
             secret = password().encode()
-        # As bytes: what the library hands it to takes no text.
-        return config.use_elliptic_key_signer(private_key=key, password=secret)
+            # As bytes: what the library hands it to takes no text.
+            config.use_elliptic_key_signer(private_key=key, password=secret)
+        private: Any = load_pem_private_key(key.read_bytes(), secret)
+        return config, private.curve.group_order
     except OSError as error:
         raise SigningError(f"{key}: cannot be read ({error.strerror})") from error
     except (ValueError, AttributeError, TypeError, UnsupportedAlgorithm) as error:
@@ -178,13 +198,28 @@ def _bundle(path: Path) -> dict[str, Any]:
                 "signatures": [{"sig": _base64(signature["sig"]), "keyid": ""}],
             },
         }
-        if bundle != form or json.dumps(bundle, separators=(",", ":")).encode() != content:
+        if bundle != form or _to_bytes(bundle) != content:
             raise ValueError
     except OSError as error:
         raise ReleaseError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReleaseError(f"{path}: not a signature, or was changed; do not use this release, or sign it again") from error
     return bundle
+
+
+def _to_bytes(bundle: dict[str, Any]) -> bytes:
+    return json.dumps(bundle, separators=(",", ":")).encode()
+
+
+def _smaller(signature: str, order: int) -> str:
+    """An ECDSA signature (DER, base64) in the one form that passes here: with s and with order - s it is as valid."""
+    from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+
+    try:
+        r, s = decode_dss_signature(base64.b64decode(signature))
+        return base64.b64encode(encode_dss_signature(r, min(s, order - s))).decode()
+    except (ValueError, OverflowError):
+        return ""  # which is none
 
 
 def _base64(text: str) -> str:

@@ -8,14 +8,14 @@ import re
 import stat
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from compiler import workers
-from compiler.config import Limits, ModelSpec, OnnxTargets, Targets
+from compiler.config import SEMVER, Limits, ModelSpec, OnnxTargets, Targets
 from compiler.errors import ConfigError, NumericsError, ReleaseError, SourceError
 from compiler.hashing import hash_files, list_files
 from compiler.manifest import (
@@ -28,7 +28,7 @@ from compiler.manifest import (
     Manifest,
     from_bytes,
     sums,
-    to_bytes,
+    with_benchmark,
 )
 from compiler.numerics import judge
 from compiler.sources import resolve
@@ -87,8 +87,22 @@ def is_signed(path: Path) -> bool:
     return os.path.lexists(path / SIGNATURE)
 
 
+def check_unpublished(path: Path) -> None:
+    """Raises ReleaseError when a release stands in a folder that is a registry, where nothing of it may change."""
+    from compiler.registries.filesystem import ALIASES, INCOMING
+
+    place = path.resolve()
+    beside = [place.parent / name for name in (INCOMING, ALIASES)]
+    if re.fullmatch(SEMVER, place.name) and any(folder.is_dir() for folder in beside):
+        raise ReleaseError(
+            f"{path}: is published (in {place.parent}), and a published version never changes; record and sign a release "
+            "where it was built, before it is pushed"
+        )
+
+
 def check_unsigned(path: Path) -> None:
-    """Raises ReleaseError when a release is signed, so that its manifest must not be written any more."""
+    """Raises ReleaseError when a release is signed, or published, so that its manifest must not be written any more."""
+    check_unpublished(path)
     if is_signed(path):
         raise ReleaseError(
             f"{path}: is signed, and a benchmark in its {MANIFEST} would break the signature; record first, then sign: "
@@ -101,16 +115,17 @@ def record_benchmark(path: Path, benchmark: Mapping[str, Any]) -> None:
     is replaced by one rename; when only the first was, `verify_files` says so, and recording again mends it.
 
     Raises:
-        ReleaseError: the release is signed, or is damaged.
+        ReleaseError: the release is signed, or published, or is damaged.
     """
     check_unsigned(path)
-    manifest, _ = read_release(path)
-    recorded = replace(manifest, benchmark=benchmark)
-    content = to_bytes(recorded)
+    read_release(path)
     parent = path.resolve().parent  # beside the release: in it, they would be files too many
     with writing(path, "the manifest"), scratch(parent) as aside:
+        stored = (path / MANIFEST).read_bytes()
+        manifest = from_bytes(stored, str(path / MANIFEST))
+        content = with_benchmark(stored, benchmark)
         write_file(aside / MANIFEST, content)
-        write_file(aside / SUMS, sums(recorded, content))
+        write_file(aside / SUMS, sums(manifest, content))
         for name in (MANIFEST, SUMS):
             os.replace(aside / name, path / name)
 

@@ -22,10 +22,10 @@ A, B, C = "a" * 64, "b" * 64, "c" * 64
 def manifest() -> Manifest:
     return Manifest(
         name="tiny",
-        release="1.0.0-ü.1",
+        release="1.0.0-rc.1",
         task="feature-extraction",
         architecture="BertModel",
-        source=Source("path:checkpoint", None, "apache-2.0", (File("model.safetensors", A, 10),)),
+        source=Source("path:prüfpunkt", None, "apache-2.0", (File("model.safetensors", A, 10),)),
         entry={"name": "tiny", "release": "1.0.0"},
         signature=Signature(
             (Tensor("input_ids", "int64", ("batch", "sequence")),),
@@ -147,6 +147,10 @@ HOSTILE = [
     "SHA256SUMS",
     "model.sig",
     "model.sig/inner",
+    "Manifest.json",
+    "sha256sums",
+    "MODEL.SIG/inner",
+    "SHA256ſums",
 ]
 
 
@@ -176,6 +180,35 @@ def test_its_own_name_is_not_called_a_duplicate() -> None:
 @pytest.mark.parametrize("value", [None, 3, ["x"]])
 def test_other_types(name: str, value: object) -> None:
     assert name in refused(signed(lambda body: body.update({name: value})))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("name", "\x1b]0;owned\x07tiny"),
+        ("name", "../tiny"),
+        ("name", ""),
+        ("name", "tiny\n"),
+        ("release", "1.0"),
+        ("release", "1.0.0+build"),
+        ("release", "1.0.0\n"),
+        ("release", "../1.0.0"),
+    ],
+)
+def test_what_no_pipeline_could_have_named_it(name: str, value: str) -> None:
+    message = refused(signed(lambda body: body.update({name: value})))
+    assert "is no name and version of a release" in message
+    assert message.isprintable()
+
+
+def test_sizes_below_zero() -> None:
+    """They would make the sum of the sizes small, by which a disk is asked for room."""
+    for change in (
+        lambda body: body["files"][0].update(size=-1),
+        lambda body: body["artifacts"][0]["files"][0].update(size=-(2**40)),
+        lambda body: body["source"]["files"][0].update(size=-1),
+    ):
+        assert "bytes, which no file has" in refused(signed(change))
 
 
 @pytest.mark.parametrize("name", sorted(json.loads(to_bytes(manifest())).keys() - {"digest", "schema"}))

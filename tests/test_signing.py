@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_pem_public_key,
 )
 from hypothesis import given, settings, strategies
 
@@ -28,6 +30,7 @@ from compiler.errors import ReleaseError, SigningError
 from compiler.hashing import hash_file, hash_folder, list_files
 from compiler.manifest import MANIFEST, SIGNATURE, SUMS, from_bytes
 from compiler.signing import sign, verify_signature
+from compiler.stages.publish import push
 from compiler.verify import read_release, record_benchmark, verify_files
 from tests.conftest import Command, error_line, seal
 from tests.stages.test_package import Parts
@@ -54,6 +57,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("keys")
     write_key(folder, "ours", ec.generate_private_key(ec.SECP256R1()))
     write_key(folder, "theirs", ec.generate_private_key(ec.SECP256R1()))
+    write_key(folder, "large", ec.generate_private_key(ec.SECP521R1()))
     write_key(folder, "closed", ec.generate_private_key(ec.SECP384R1()), PASSWORD)
     write_key(folder, "closed bitcoin", ec.generate_private_key(ec.SECP256K1()), PASSWORD)
     write_key(folder, "closed rsa", rsa.generate_private_key(65537, 2048), PASSWORD)
@@ -105,6 +109,21 @@ def openssf(path: Path, key: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
 
 
+def numbers(path: Path, key: Path) -> tuple[int, int, int]:
+    """The two numbers of a release's signature, and the order of its key's group."""
+    bundle = json.loads((path / SIGNATURE).read_bytes())
+    public: Any = load_pem_public_key(key.read_bytes())
+    r, s = decode_dss_signature(base64.b64decode(bundle["dsseEnvelope"]["signatures"][0]["sig"]))
+    return r, s, public.curve.group_order
+
+
+def put(path: Path, r: int, s: int) -> None:
+    """Give a release's signature other numbers."""
+    bundle = json.loads((path / SIGNATURE).read_bytes())
+    bundle["dsseEnvelope"]["signatures"][0]["sig"] = base64.b64encode(encode_dss_signature(r, s)).decode()
+    (path / SIGNATURE).write_text(json.dumps(bundle, separators=(",", ":")))
+
+
 def forge(path: Path) -> None:
     """Make manifest.json and SHA256SUMS fit the files that are there, as who may write a release can."""
     manifest = from_bytes((path / MANIFEST).read_bytes(), "x")
@@ -137,7 +156,23 @@ class TestSigned:
         options = ["--private_key", keys / "theirs.pem", "--signature", release / SIGNATURE]
         command = [sys.executable, "-m", "model_signing", "sign", "key", *options, release]
         subprocess.run(list(map(str, command)), capture_output=True, check=True)
+        r, s, order = numbers(release, keys / "theirs.pub")
+        put(release, r, min(s, order - s))  # as half of what it makes is
         verify(release, keys / "theirs.pub")
+
+    @pytest.mark.parametrize("name", ["ours", "closed", "large"])
+    def test_it_has_one_form(self, release: Path, keys: Path, name: str) -> None:
+        """Whoever has a signature can write another with the same key, which the library takes."""
+        for _ in range(5):  # of which the library makes each form
+            sign(release, keys / f"{name}.pem", lambda: PASSWORD)
+            verify(release, keys / f"{name}.pub")
+        r, s, order = numbers(release, keys / f"{name}.pub")
+        put(release, r, order - s)
+        assert openssf(release, keys / f"{name}.pub").returncode == 0
+        refused(release, keys / f"{name}.pub", "not in the form", "sign it again")
+        put(release, r, s)
+        verify(release, keys / f"{name}.pub")
+        assert openssf(release, keys / f"{name}.pub").returncode == 0
 
     def test_it_covers_every_file_but_itself(self, release: Path) -> None:
         bundle = json.loads((release / SIGNATURE).read_bytes())
@@ -376,6 +411,30 @@ class TestRefusals:
         with pytest.raises(ReleaseError, match="record first, then sign"):
             record_benchmark(release, {"rounds": 1})
         assert hash_folder(release) == before
+
+    @pytest.mark.parametrize("beside", ["aliases", ".incoming"])
+    def test_a_published_release_takes_nothing(self, release: Path, keys: Path, tmp_path: Path, beside: str) -> None:
+        """Where `file://` keeps it; whoever is beside such a folder by chance is not meant."""
+        (tmp_path / beside).mkdir()
+        sign(release, keys / "ours.pem", no_password)
+        published = release.rename(tmp_path / "1.0.0")
+        (tmp_path / "link").symlink_to(published)
+        before = hash_folder(published)
+        for path in (published, tmp_path / "link"):
+            for work in (
+                lambda path=path: sign(path, keys / "ours.pem", no_password),
+                lambda path=path: record_benchmark(path, {}),
+            ):
+                with pytest.raises(ReleaseError, match=r"is published .* before it is pushed"):
+                    work()
+        assert hash_folder(published) == before
+
+    def test_what_a_push_has_made_is_such_a_place(self, release: Path, keys: Path, tmp_path: Path) -> None:
+        url = (tmp_path / "registry").as_uri()
+        push(release, url)
+        with pytest.raises(ReleaseError, match="is published"):
+            sign(tmp_path / "registry/1.0.0", keys / "ours.pem", no_password)
+        sign(release, keys / "ours.pem", no_password)  # where it was built
 
     @pytest.mark.parametrize("name", ["model_signing", "OpenSSL", "cryptography"])
     def test_without_the_library(self, release: Path, keys: Path, name: str) -> None:

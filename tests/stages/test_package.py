@@ -14,7 +14,7 @@ import pytest
 
 from compiler.bom import BOM
 from compiler.errors import ReleaseError, StageError
-from compiler.hashing import hash_file, hash_folder, list_files
+from compiler.hashing import canonical, digest, hash_file, hash_folder, list_files
 from compiler.manifest import MANIFEST, SAMPLES, SIGNATURE, SUMS, VALIDATION, Manifest, Source, from_bytes, sums
 from compiler.provenance import PROVENANCE
 from compiler.stages.package import package
@@ -393,6 +393,20 @@ class TestRecord:
             assert self.recorded(release) == {"rounds": rounds}
             subprocess.run(["sha256sum", "--check", "--strict", "--quiet", SUMS], cwd=release, check=True)
         assert [name for name in list_files(release.parent) if not name.startswith("release/")] == []
+
+    def test_of_another_versions_manifest_it_changes_nothing_else(self, release: Path) -> None:
+        """Which knew fewer fields: the digest says what the release is, and stays."""
+        old = json.loads((release / MANIFEST).read_bytes())
+        del old["digest"], old["schema"], old["artifacts"][0]["fast_on"]
+        content = canonical({**old, "digest": digest(old)})
+        (release / MANIFEST).write_bytes(content)
+        (release / SUMS).write_bytes(sums(from_bytes(content, "x"), content))
+        for rounds in (1, 2):
+            record_benchmark(release, {"rounds": rounds})
+            verify(release)
+            recorded = json.loads((release / MANIFEST).read_bytes())
+            assert recorded.pop("benchmark")["rounds"] == rounds
+            assert canonical(recorded) == content
 
     @pytest.mark.parametrize("renames", [0, 1])
     def test_one_that_is_cut_off(self, release: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
