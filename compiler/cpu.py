@@ -15,10 +15,26 @@ ARM_FEATURES = ("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2")
 FAST_ON = {"fp32": ("avx512f", "avx2", "asimd"), "bf16": ("amx_bf16", "avx512_bf16", "bf16")}
 
 # Variables by which users cap the instructions, or change the arithmetic, of the libraries that compute here.
-VARIABLES = ("ATEN_CPU_CAPABILITY", "DNNL_", "MKL_", "ONEDNN_")
+# Their values become part of a release, so there is none among them that says where something is.
+VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+)
 
-# Variables that set how many threads a library uses. Workers run without them: what depends on it is pinned.
+# The beginnings of the other variables of these libraries, and the ends of those that set how many threads one uses.
+# Workers run without them: so no other can shape a result, and the number of threads, on which it depends, is pinned.
+OTHERS = ("DNNL_", "MKL_", "OMP_", "ONEDNN_")
 THREADS = ("_NUM_THREADS", "_THREAD_LIMIT", "_DYNAMIC")
+
+
+def unset() -> list[str]:
+    """The names of the variables of this process that workers run without."""
+    return [name for name in os.environ if (name.startswith(OTHERS) and name not in VARIABLES) or name.endswith(THREADS)]
 
 
 def features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -36,5 +52,5 @@ def features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     }
     machine = platform.machine()
     known = FEATURES if machine in ("x86_64", "AMD64") else ARM_FEATURES
-    caps = [name for name in sorted(os.environ) if name.startswith(VARIABLES) and not name.endswith(THREADS)]
+    caps = [name for name in VARIABLES if name in os.environ]
     return " ".join([machine, *(name for name in known if name in words), *(f"{name}={os.environ[name]}" for name in caps)])

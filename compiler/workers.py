@@ -158,10 +158,10 @@ def _die_with_parent() -> None:
 def _environment(folder: Path) -> Iterator[None]:
     """Settings that libraries read when they are imported: nothing phones home, no bars, no advice. What a checkpoint's own
     code makes transformers write goes below `folder`. What of a user's settings would shape a result is pinned: the order
-    of sets, the locale, whether torch traces, and the number of threads, which `THREADS` and `LOAD_THREADS` say."""
-    threads = {name: None for name in os.environ if name.endswith(cpu.THREADS)}
+    of sets, the locale, whether torch traces, the number of threads, which `THREADS` and `LOAD_THREADS` say, and how the
+    libraries compute, but for the caps that `cpu.features` records."""
     settings: dict[str, str | None] = {
-        **threads,
+        **dict.fromkeys(cpu.unset()),
         "LC_ALL": "C.UTF-8",
         "PYTHONHASHSEED": "0",
         "PYTORCH_JIT": "1",

@@ -70,3 +70,12 @@ def test_the_number_of_threads_is_no_cap(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("MKL_NUM_THREADS", "MKL_DOMAIN_NUM_THREADS", "MKL_DYNAMIC"):
         monkeypatch.setenv(name, "1")
     assert features() == before
+
+
+def test_no_other_variable_gets_into_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = features()
+    for name in ("MKL_DIR", "MKL_VERBOSE", "ONEDNN_VERBOSE", "DNNL_JIT_DUMP", "MKL_CBWR_OF_MINE"):
+        monkeypatch.setenv(name, "/home/somebody/conda")
+    assert features() == before
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert features() == f"{before} ONEDNN_MAX_CPU_ISA=AVX2"

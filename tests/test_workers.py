@@ -97,6 +97,8 @@ class TestResults:
 
     def test_what_would_shape_a_result_is_pinned(self, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         own = {"OMP_NUM_THREADS": "7", "MKL_DYNAMIC": "TRUE", "PYTHONHASHSEED": "3", "LC_ALL": "C", "PYTORCH_JIT": "0"}
+        own |= {"MKL_VML_MODE": "EP", "ONEDNN_VERBOSE": "1", "DNNL_PRIMITIVE_CACHE_CAPACITY": "0", "OMP_SCHEDULE": "dynamic"}
+        own |= {"MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}  # which are recorded
         for name, value in own.items():
             monkeypatch.setenv(name, value)
         with workers._environment(log.parent):
@@ -107,6 +109,13 @@ class TestResults:
             "PYTHONHASHSEED": "0",
             "LC_ALL": "C.UTF-8",
             "PYTORCH_JIT": "1",
+            "MKL_VML_MODE": None,
+            "ONEDNN_VERBOSE": None,
+            "DNNL_PRIMITIVE_CACHE_CAPACITY": None,
+            "OMP_SCHEDULE": None,
+            "MKL_CBWR": "COMPATIBLE",
+            "ONEDNN_MAX_CPU_ISA": "AVX2",
+            "ATEN_CPU_CAPABILITY": "avx2",
         }
         assert {name: os.environ[name] for name in own} == own
 
