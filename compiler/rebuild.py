@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from compiler.bom import BOM
 from compiler.build import FOLDER, Context
 from compiler.config import ModelSpec
 from compiler.errors import CompileError, ConfigError, ReleaseError, SourceError
-from compiler.hashing import file_sha256
+from compiler.hashing import digest, file_sha256
 from compiler.manifest import MANIFEST, Manifest, differences
 from compiler.pipeline import build_model
 from compiler.plan import Plan, make_plan
@@ -24,10 +24,12 @@ from compiler.store import Store, remove, scratch, writing
 from compiler.types import Event
 from compiler.verify import find_original, homes
 
-# Where a rebuild that failed leaves its log, and what did not pass, below the cache.
+# Where a rebuild that failed leaves its log, and what did not pass, or the release that came out different, below the cache.
 KEPT = "rebuild"
 # What names the packages and the compiler that made a release: in another environment it is another.
 RECORDS = (MANIFEST, BOM, PROVENANCE)
+# What of a manifest does so.
+ENVIRONMENT = ("libraries", "python", "compiler", "steps", "key")
 
 
 def rebuild(
@@ -42,7 +44,7 @@ def rebuild(
     any_environment: bool = False,
 ) -> tuple[str, ...]:
     """Build a release again with an empty cache, below `work`, and compare every file; returns their names. In another
-    environment `RECORDS` are left out.
+    environment `RECORDS` are left out, but for what the manifest says of the model itself. What comes out different is kept.
 
     Args:
         source: where the checkpoint is now, when it is not where the manifest says.
@@ -65,25 +67,51 @@ def rebuild(
     with writing(work, "the cache"), scratch(work) as aside:
         context = Context(Path(), aside / "output", Store(aside / "cache"), tell)
         try:
-            made = build_model(plan, context).manifest
+            release = build_model(plan, context)
         except CompileError as error:
+            if not (context.output / FOLDER).is_dir():  # it did not get so far
+                raise
             remove(work / KEPT)
             shutil.move(context.output / FOLDER, work / KEPT)
             raise _moved(error, str(context.output / FOLDER), str(work / KEPT)) from error
+        names, changed = _compare(manifest, release.manifest, other=bool(environment))
+        kept = work / KEPT / manifest.name / manifest.release
+        if changed:
+            remove(work / KEPT)
+            kept.parent.mkdir(parents=True)
+            shutil.move(release.path, kept)
+    if changed:
+        raise ReleaseError(
+            f"{path}: {len(changed)} of {len(names)} files come out different when it is built again; it is not what its "
+            f"manifest says that it was made from, or this machine computes differently: compile diff {path} {kept}",
+            changed,
+        )
+    return names
+
+
+def _compare(manifest: Manifest, made: Manifest, *, other: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files that are compared to the byte, and those that differ: in an `other` environment also the manifest, when it
+    differs in more than that."""
     before = {file.path: file.sha256 for file in manifest.every_file}
     after = {file.path: file.sha256 for file in made.every_file}
     before[MANIFEST], after[MANIFEST] = manifest.identity, made.identity
-    for name in RECORDS if environment else ():
+    for name in RECORDS if other else ():
         before.pop(name, None)
         after.pop(name, None)
-    changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
-    if changed:
-        raise ReleaseError(
-            f"{path}: {len(changed)} of {len({*before, *after})} files come out different when it is built again; it is not "
-            "what its manifest says that it was made from, or this machine computes differently",
-            tuple(changed),
-        )
-    return tuple(sorted(before))
+    changed = [name for name in {*before, *after} if before.get(name) != after.get(name)]
+    if other and _lasting(manifest) != _lasting(made):
+        changed.append(MANIFEST)
+    return tuple(sorted({*before, *after})), tuple(sorted(changed))
+
+
+def _lasting(manifest: Manifest) -> str:
+    """The digest of what a manifest says that is the same in every environment; files are compared by themselves."""
+    body = asdict(manifest)
+    for name in (*ENVIRONMENT, "files", "benchmark", "read"):
+        del body[name]
+    for artifact in body["artifacts"]:
+        del artifact["key"], artifact["files"]
+    return digest(body)
 
 
 def plan_again(path: Path, manifest: Manifest, source: str | None, folder: Path | None, options: Mapping[str, bool]) -> Plan:

@@ -20,9 +20,12 @@ from typing import Any
 import pytest
 
 from compiler.bom import BOM
+from compiler.errors import StageError
 from compiler.hashing import hash_file
 from compiler.manifest import MANIFEST, Made, Manifest, from_bytes
 from compiler.provenance import PROVENANCE
+from compiler.rebuild import _lasting, rebuild
+from compiler.types import Signature
 from tests.conftest import Command, error_line, run_command, seal, write_pipeline
 from tests.hub import Hub
 from tests.zoo import save_checkpoint
@@ -239,8 +242,11 @@ def test_rebuild_names_what_differs(command: Command, tmp_path: Path, release: P
     swapped = hash_file(release, "torchscript/model.pt")
     edit(release, lambda old: replace(old, artifacts=(replace(old.artifacts[0], files=(swapped,)),)))
     assert command("verify", release).returncode == 0
-    result = command("verify", release, "--rebuild")
+    result = command("verify", release, "--rebuild", cache=tmp_path / "cache")
+    kept = tmp_path / "cache/rebuild/tiny/1.0.0"
     assert "2 of 9 files come out different" in error_line(result)
+    assert error_line(result).endswith(f": compile diff {release} {kept}")
+    assert "torchscript/model.pt" in command("diff", release, kept).stdout
     assert [line for line in result.stdout.splitlines() if line.startswith("differs")] == [
         "differs  manifest.json",
         "differs  torchscript/model.pt",
@@ -264,6 +270,39 @@ def test_rebuild_in_another_environment(command: Command, release: Path) -> None
     assert result.returncode == 0, result.stderr
     assert "6 files are the same bytes; not compared, since they record another environment: " in result.stdout
     assert result.stdout.endswith(f": {MANIFEST}, {BOM}, {PROVENANCE}\n")
+    # What the manifest says of the model is the same everywhere.
+    edit(release, lambda old: replace(old, positions=8192))
+    result = command("verify", release, "--rebuild", "--any-environment")
+    assert "1 of 6 files come out different" in error_line(result)
+    assert f"differs  {MANIFEST}\n" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("same", "change"),
+    [
+        (True, lambda old: replace(old, libraries={}, python="4", compiler="0", steps={}, key="", benchmark={"rounds": 1})),
+        (True, lambda old: replace(old, artifacts=(replace(old.artifacts[0], key=""),))),
+        (False, lambda old: replace(old, artifacts=(replace(old.artifacts[0], runtime={}),))),
+        (False, lambda old: replace(old, signature=Signature((), ()))),
+        (False, lambda old: replace(old, architecture="GPT")),
+        (False, lambda old: replace(old, left_out=("pooler", "head"))),
+    ],
+)
+def test_what_of_a_manifest_is_the_same_everywhere(built: Path, same: bool, change: Callable[[Manifest], Manifest]) -> None:
+    manifest = from_bytes((built / "artifacts/tiny/1.0.0" / MANIFEST).read_bytes(), "")
+    assert (_lasting(manifest) == _lasting(change(manifest))) is same
+
+
+def test_a_rebuild_that_fails_before_it_writes(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> object:
+        raise StageError("the first thing that was done failed")
+
+    monkeypatch.setattr("compiler.rebuild.build_model", fail)
+    release = built / "artifacts/tiny/1.0.0"
+    manifest = from_bytes((release / MANIFEST).read_bytes(), "")
+    options = {"trust_remote_code": False, "allow_pickle": False}
+    with pytest.raises(StageError, match="the first thing that was done failed"):
+        rebuild(release, manifest, tmp_path, lambda event: None, None, built, options, any_environment=True)
 
 
 def test_rebuild_wants_the_same_text(command: Command, tmp_path: Path, release: Path) -> None:
