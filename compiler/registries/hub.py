@@ -27,7 +27,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from compiler.errors import RegistryError, ReleaseError
 from compiler.manifest import MANIFEST, from_bytes
-from compiler.registries import DIGEST, Parcel, TakenError, Version, match
+from compiler.registries import DIGEST, Parcel, TakenError, Version, match, precedence
 from compiler.registries.card import model_card
 from compiler.registries.hub_client import KEPT, MAIN, AnswerError, Client, Refs, library, local_hashes
 from compiler.registries.transfer import receive, retrying
@@ -37,6 +37,8 @@ from compiler.verify import read_release
 CARD = "README.md"
 # How often a push starts again when another one moved what it built on.
 ROUNDS = 5
+# How much of its manifest's digest tells a push's branch from another push's of the same version.
+BRANCH_DIGITS = 12
 PRIVATE = {"true": True, "false": False}
 # As the hub has them: `--` and `..` are its own, and a name is at most 96 characters long.
 REPOSITORY = re.compile(r"(?!.*(--|\.\.|\.git$))[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<![.-])", re.ASCII)
@@ -100,7 +102,7 @@ class Hub:
 
     def push(self, parcel: Parcel) -> None:
         client, release = self.client, parcel.manifest.release
-        branch = f"push/{release}-{parcel.manifest.identity[:12]}"
+        branch = f"push/{release}-{parcel.manifest.identity[:BRANCH_DIGITS]}"
         contents: dict[File, Path | bytes] = {file: parcel.path.absolute() / file.path for file in parcel.files}
         contents[_file(MANIFEST, parcel.content)] = parcel.content
         refs = client.refs()
@@ -221,7 +223,8 @@ class Hub:
         with contextlib.suppress(RegistryError):
             refs = client.refs()
             for name in refs.branches if refs else ():
-                if name.startswith(f"push/{release}-"):
+                # Not those of 1.0.0-rc.1 when 1.0.0 is there.
+                if re.fullmatch(rf"push/{re.escape(release)}-[0-9a-f]{{{BRANCH_DIGITS}}}", name):
                     with contextlib.suppress(AnswerError):
                         delete = {"repo_id": client.repo, "branch": name}
                         client.ask("tidying", lambda delete=delete: client.api.delete_branch(**delete), (404,))  # type: ignore[misc]
@@ -239,11 +242,3 @@ class Hub:
 
 def _file(path: str, content: bytes) -> File:
     return File(path, hashlib.sha256(content).hexdigest(), len(content))
-
-
-def precedence(release: str) -> tuple[Any, ...]:
-    """A key that orders versions by semver's precedence (semver.org 2.0.0, item 11): a pre-release comes before its release,
-    and in it numbers before words."""
-    core, _, before = release.partition("-")
-    parts = [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in before.split(".") if part]
-    return tuple(map(int, core.split("."))), not before, parts
