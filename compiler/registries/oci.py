@@ -7,9 +7,9 @@ is not sent again, and what comes back is held against it.
 Nothing in the distribution specification makes a tag only where there is none, and nothing that it has could: of two pushes
 of one version with other content, the later one's tag stands. What is done about it: the tag is looked up once more right
 before it is put, and read back after a pause that is twice as long as the registry took to put it; a push that does
-not find its own bytes then has not published (a signature is a layer too, which the release's digest does not cover). So both
-can succeed only if one request is on its way for longer than that pause, and a reader can see the losing release, whole, for no
-longer than it. A registry that can make tags immutable closes the gap.
+not find its own bytes then has not published (a signature is a layer too, which the release's digest does not cover). So
+both can succeed only if one request is on its way for longer than that pause, and a reader can see the losing release,
+whole, for no longer than it. A registry that can make tags immutable closes the gap.
 """
 
 from __future__ import annotations
