@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from compiler.errors import RegistryError, ReleaseError
-from compiler.manifest import MANIFEST, from_bytes
+from compiler.manifest import MANIFEST, OUTSIDE, from_bytes
 from compiler.registries import DIGEST, Parcel, TakenError, Version, match, precedence
 from compiler.registries.card import model_card
 from compiler.registries.hub_client import KEPT, MAIN, AnswerError, Client, Refs, library, local_hashes
@@ -126,7 +126,7 @@ class Hub:
             raise
         self._tidy(release)
         try:
-            self._until_still(lambda: self._show(parcel, contents))
+            self.show(parcel.path)
         except RegistryError as error:
             reason = str(error).removeprefix(f"{client.url}: ")
             raise RegistryError(f"{self.url}: {release} is published, but {MAIN} does not show it yet: {reason}") from error
@@ -229,15 +229,34 @@ class Hub:
                         delete = {"repo_id": client.repo, "branch": name}
                         client.ask("tidying", lambda delete=delete: client.api.delete_branch(**delete), (404,))  # type: ignore[misc]
 
-    def _show(self, parcel: Parcel, contents: Contents) -> None:
-        """Have `main` show this version with its card, when it is the newest."""
-        refs = self.client.refs()
-        if refs is None or parcel.manifest.release != max(refs.versions, key=precedence, default=""):
-            return
-        _, reports = read_release(parcel.path)
-        card = model_card(parcel.manifest, reports, self.client.url, self.client.repo).encode()
-        shown = {file: content for file, content in contents.items() if file.path != CARD}
-        self.client.commit(MAIN, {**shown, _file(CARD, card): card}, f"Show {parcel.manifest.release}")
+    def show(self, path: Path) -> None:
+        """Have `main` show the version that a release on disk is published as, with its card, when that is the newest and
+        `main` shows another. Files that the hub has are not sent again.
+
+        Raises:
+            RegistryError: the hub cannot be reached or refuses; the version itself stays published.
+            ReleaseError: the release on disk is damaged.
+        """
+        manifest, reports = read_release(path)
+
+        def attempt() -> None:
+            refs = self.client.refs()
+            if refs is None or manifest.release != max(refs.versions, key=precedence, default=""):
+                return
+            # What lies beside a release's files may have changed on disk since it was published: the hub's is shown.
+            beside = {name: self.client.small(refs.versions[manifest.release], name) for name in (MANIFEST, *OUTSIDE)}
+            content = beside[MANIFEST]
+            if content is None or from_bytes(content, f"{self.url}@{manifest.release}").identity != manifest.identity:
+                return
+            if MAIN in refs.branches and self.client.small(refs.branches[MAIN], MANIFEST) == content:
+                return
+            card = model_card(manifest, reports, self.client.url, self.client.repo).encode()
+            shown: dict[File, Path | bytes] = {file: path.absolute() / file.path for file in manifest.every_file}
+            shown |= {_file(name, found): found for name, found in beside.items() if found is not None}
+            shown = {file: found for file, found in shown.items() if file.path != CARD}
+            self.client.commit(MAIN, {**shown, _file(CARD, card): card}, f"Show {manifest.release}")
+
+        self._until_still(attempt)
 
 
 def _file(path: str, content: bytes) -> File:
