@@ -26,8 +26,8 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from compiler.errors import RegistryError, ReleaseError
-from compiler.manifest import MANIFEST, from_bytes
-from compiler.registries import DIGEST, Parcel, TakenError, Version, match
+from compiler.manifest import MANIFEST, OUTSIDE, from_bytes
+from compiler.registries import DIGEST, Parcel, TakenError, Version, match, precedence
 from compiler.registries.card import model_card
 from compiler.registries.hub_client import KEPT, MAIN, AnswerError, Client, Refs, library, local_hashes
 from compiler.registries.transfer import receive, retrying
@@ -37,6 +37,8 @@ from compiler.verify import read_release
 CARD = "README.md"
 # How often a push starts again when another one moved what it built on.
 ROUNDS = 5
+# How much of its manifest's digest tells a push's branch from another push's of the same version.
+BRANCH_DIGITS = 12
 PRIVATE = {"true": True, "false": False}
 # As the hub has them: `--` and `..` are its own, and a name is at most 96 characters long.
 REPOSITORY = re.compile(r"(?!.*(--|\.\.|\.git$))[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<![.-])", re.ASCII)
@@ -100,7 +102,7 @@ class Hub:
 
     def push(self, parcel: Parcel) -> None:
         client, release = self.client, parcel.manifest.release
-        branch = f"push/{release}-{parcel.manifest.identity[:12]}"
+        branch = f"push/{release}-{parcel.manifest.identity[:BRANCH_DIGITS]}"
         contents: dict[File, Path | bytes] = {file: parcel.path.absolute() / file.path for file in parcel.files}
         contents[_file(MANIFEST, parcel.content)] = parcel.content
         refs = client.refs()
@@ -124,7 +126,7 @@ class Hub:
             raise
         self._tidy(release)
         try:
-            self._until_still(lambda: self._show(parcel, contents))
+            self.show(parcel.path)
         except RegistryError as error:
             reason = str(error).removeprefix(f"{client.url}: ")
             raise RegistryError(f"{self.url}: {release} is published, but {MAIN} does not show it yet: {reason}") from error
@@ -221,29 +223,41 @@ class Hub:
         with contextlib.suppress(RegistryError):
             refs = client.refs()
             for name in refs.branches if refs else ():
-                if name.startswith(f"push/{release}-"):
+                # Not those of 1.0.0-rc.1 when 1.0.0 is there.
+                if re.fullmatch(rf"push/{re.escape(release)}-[0-9a-f]{{{BRANCH_DIGITS}}}", name):
                     with contextlib.suppress(AnswerError):
                         delete = {"repo_id": client.repo, "branch": name}
                         client.ask("tidying", lambda delete=delete: client.api.delete_branch(**delete), (404,))  # type: ignore[misc]
 
-    def _show(self, parcel: Parcel, contents: Contents) -> None:
-        """Have `main` show this version with its card, when it is the newest."""
-        refs = self.client.refs()
-        if refs is None or parcel.manifest.release != max(refs.versions, key=precedence, default=""):
-            return
-        _, reports = read_release(parcel.path)
-        card = model_card(parcel.manifest, reports, self.client.url, self.client.repo).encode()
-        shown = {file: content for file, content in contents.items() if file.path != CARD}
-        self.client.commit(MAIN, {**shown, _file(CARD, card): card}, f"Show {parcel.manifest.release}")
+    def show(self, path: Path) -> None:
+        """Have `main` show the version that a release on disk is published as, with its card, when that is the newest and
+        `main` shows another. Files that the hub has are not sent again.
+
+        Raises:
+            RegistryError: the hub cannot be reached or refuses; the version itself stays published.
+            ReleaseError: the release on disk is damaged.
+        """
+        manifest, reports = read_release(path)
+
+        def attempt() -> None:
+            refs = self.client.refs()
+            if refs is None or manifest.release != max(refs.versions, key=precedence, default=""):
+                return
+            # What lies beside a release's files may have changed on disk since it was published: the hub's is shown.
+            beside = {name: self.client.small(refs.versions[manifest.release], name) for name in (MANIFEST, *OUTSIDE)}
+            content = beside[MANIFEST]
+            if content is None or from_bytes(content, f"{self.url}@{manifest.release}").identity != manifest.identity:
+                return
+            if MAIN in refs.branches and self.client.small(refs.branches[MAIN], MANIFEST) == content:
+                return
+            card = model_card(manifest, reports, self.client.url, self.client.repo).encode()
+            shown: dict[File, Path | bytes] = {file: path.absolute() / file.path for file in manifest.every_file}
+            shown |= {_file(name, found): found for name, found in beside.items() if found is not None}
+            shown = {file: found for file, found in shown.items() if file.path != CARD}
+            self.client.commit(MAIN, {**shown, _file(CARD, card): card}, f"Show {manifest.release}")
+
+        self._until_still(attempt)
 
 
 def _file(path: str, content: bytes) -> File:
     return File(path, hashlib.sha256(content).hexdigest(), len(content))
-
-
-def precedence(release: str) -> tuple[Any, ...]:
-    """A key that orders versions by semver's precedence (semver.org 2.0.0, item 11): a pre-release comes before its release,
-    and in it numbers before words."""
-    core, _, before = release.partition("-")
-    parts = [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in before.split(".") if part]
-    return tuple(map(int, core.split("."))), not before, parts

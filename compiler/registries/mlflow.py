@@ -113,7 +113,7 @@ class Model:
         with self._alone():
             self._make_model()
             run, root = self._run(parcel)
-            store = artifacts(self.tracking, self.url, root)
+            store = artifacts(self.tracking, self.url, root, self._stored)
             self._send(parcel, run, store)
             if self.pyfunc:
                 from compiler.registries.pyfunc import files_of
@@ -134,7 +134,7 @@ class Model:
             self._call("set_registered_model_tag", self.name, ALIAS_TAG + name, number)
 
     def pull(self, version: Version, folder: Path) -> None:
-        store = artifacts(self.tracking, self.url, self._found(version).source)
+        store = artifacts(self.tracking, self.url, self._found(version).source, self._stored)
         where = f"{self.url}@{version.release}"
 
         @contextlib.contextmanager
@@ -162,6 +162,11 @@ class Model:
             return retrying(once, self._give_up)
 
         receive(folder, where, version.digest, small, read, lambda work: retrying(work, self._give_up))
+
+    @property
+    def _stored(self) -> Path | None:
+        """What all artifacts are below where there is no server."""
+        return None if self.folder is None else self.folder.absolute() / STORED
 
     @cached_property
     def _client(self) -> Any:
@@ -259,7 +264,7 @@ class Model:
                 return str(found.experiment_id)
             if found is not None:
                 raise RegistryError(f"{self.url}: MLflow's experiment {title!r} is deleted; restore it, then push again")
-            place = None if self.folder is None else (self.folder.absolute() / STORED / self.name).as_uri()
+            place = None if self._stored is None else (self._stored / self.name).as_uri()
             with self._there_already():
                 return str(self._call("create_experiment", title, artifact_location=place))
         raise RegistryError(f"{self.url}: MLflow's experiment {title!r} cannot be made; push again")

@@ -1,7 +1,8 @@
 """What `compiler.registries.mlflow` reaches its files by: MLflow's client, its faults in our words, and artifacts as streams.
 
 A tracking server's artifacts go through the server (`--serve-artifacts`, its default), at the address that the user gave and
-nowhere else: what a server says of other places, a path on this machine among them, is not followed.
+nowhere else: what a server says of other places, a path on this machine or a redirect among them, is not followed. A folder's
+artifacts are below it: what its database says of other places is not followed, nor is a link.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from compiler.errors import CompileError, RegistryError, ReleaseError
@@ -30,6 +31,8 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+# What is not for the user's environment to change.
+FIXED = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_HTTP_REDIRECTS": "false"}
 PROXY = "mlflow-artifacts"
 ENDPOINT = "/api/2.0/mlflow-artifacts/artifacts"
 LOGIN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -87,7 +90,7 @@ def client(tracking: str, url: str) -> Any:
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ.update(FIXED)
     try:
         from mlflow import MlflowClient
 
@@ -169,6 +172,8 @@ def told(error: Any, url: str) -> Exception:
         cause = cause.__cause__ or cause.__context__
     if status == 500 and not urlsplit(url).netloc:
         return broken(error, url)
+    if match := re.search(r"failed with error code (3\d\d) ", str(error)):  # to which MLflow gives status 500
+        return refusal(int(match[1]), url)
     return refusal(status, url, str(error))
 
 
@@ -178,6 +183,8 @@ def refusal(status: int, url: str, reason: str = "") -> Exception:
         return RegistryError(f"{url}: the server does not know who asks (401); {LOGIN}")
     if status == 403:
         return RegistryError(f"{url}: the server does not allow it (403); ask whoever runs it for the right, or {LOGIN}")
+    if 300 <= status < 400:
+        return RegistryError(f"{url}: the server sends requests on to another address ({status}); give that one instead")
     if status == 404 and "RESOURCE_DOES_NOT_EXIST" not in reason:
         return RegistryError(f"{url}: what answers there is no MLflow server, or does not serve artifacts (404)")
     line = next(iter(reason.strip().splitlines()), "")[:200]
@@ -222,7 +229,9 @@ class Served:
         endpoint = f"{ENDPOINT}/{quote(f'{self.root}/{path}')}"
         headers = {"Content-Type": "application/octet-stream", "Accept-Encoding": "identity"}
         try:
-            response = http_request(credentials, endpoint, method, max_retries=0, extra_headers=headers, **options)
+            response = http_request(
+                credentials, endpoint, method, max_retries=0, extra_headers=headers, allow_redirects=False, **options
+            )
         except MlflowException as error:
             raise told(error, self.url) from error
         if response.status_code == 200:
@@ -244,7 +253,7 @@ def _read(response: Any) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Local:
-    """Artifacts in a folder."""
+    """Artifacts in a folder, whose path leads through no link."""
 
     url: str
     root: Path
@@ -252,9 +261,12 @@ class Local:
     def put(self, path: str, content: bytes | Outgoing) -> None:
         target = self.root / path
         aside = target.with_name(f".{target.name}.part")
+        if os.path.realpath(target.parent) != str(target.parent):
+            raise RegistryError(f"{self.url}: {target.parent} is a link, or leads through one; remove it and push again")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open(aside, "wb") as writer:
+            aside.unlink(missing_ok=True)
+            with open(aside, "xb") as writer:  # which follows no link
                 for chunk in [content] if isinstance(content, bytes) else content:
                     writer.write(chunk)
                 sync(writer)
@@ -269,25 +281,42 @@ class Local:
 
     @contextlib.contextmanager
     def get(self, path: str) -> Iterator[Iterator[bytes]]:
-        if not (self.root / path).is_file():
+        from compiler.registries.filesystem import _open  # who reads any folder that others may have written to
+
+        if not os.path.lexists(self.root / path):
             raise MissingError(path)
-        yield self._read(path)
+        with contextlib.ExitStack() as stack:
+            with self._telling(path):
+                stream = stack.enter_context(_open(self.root, path, self.url))
+            yield self._read(stream, path)
 
-    def _read(self, path: str) -> Iterator[bytes]:
+    def _read(self, stream: BinaryIO, path: str) -> Iterator[bytes]:
+        while True:
+            with self._telling(path):
+                chunk = stream.read(CHUNK)
+            if not chunk:
+                return
+            yield chunk
+
+    @contextlib.contextmanager
+    def _telling(self, path: str) -> Iterator[None]:
         try:
-            yield from chunks_of(self.root / path)
+            yield
         except OSError as error:
-            raise RegistryError(f"{self.url}: {error.filename}: cannot be read ({error.strerror})") from error
+            raise RegistryError(f"{self.url}: {self.root / path}: cannot be read ({error.strerror})") from error
 
 
-def artifacts(tracking: str, url: str, uri: str) -> Artifacts:
+def artifacts(tracking: str, url: str, uri: str, below: Path | None) -> Artifacts:
     """The artifacts at a place that MLflow names.
+
+    Args:
+        below: where a folder's artifacts are; None for a server's.
 
     Raises:
         RegistryError: they are not where a user of this URL may look.
     """
     parts = urlsplit(uri)
-    if not tracking.startswith("sqlite:"):
+    if below is None:
         if parts.scheme != PROXY:
             raise RegistryError(
                 f"{url}: keeps its artifacts at {parts.scheme or 'a path'}:, past the server; run it with --serve-artifacts "
@@ -298,4 +327,12 @@ def artifacts(tracking: str, url: str, uri: str) -> Artifacts:
         raise RegistryError(
             f"{url}: its artifacts are behind a server ({parts.scheme}:); give that server's mlflow://host:port"
         )
-    return Local(url, Path(unquote(parts.path) if parts.scheme else uri))
+    named, allowed = unquote(parts.path) if parts.scheme else uri, os.path.realpath(below)
+    place = "" if "\0" in named else os.path.realpath(named)
+    if not place.startswith(f"{allowed}{os.sep}"):
+        shown = (place or named)[:200]
+        raise RegistryError(
+            f"{url}: its database has artifacts at {shown!r}, outside of the folder; if that was moved, move it back, or put "
+            f"a link to it where it was"
+        )
+    return Local(url, Path(place))

@@ -7,8 +7,9 @@ is not sent again, and what comes back is held against it.
 Nothing in the distribution specification makes a tag only where there is none, and nothing that it has could: of two pushes
 of one version with other content, the later one's tag stands. What is done about it: the tag is looked up once more right
 before it is put, and read back after a pause that is twice as long as the registry took to put it; a push that does
-not find its own release then fails. So both can succeed only if one request is on its way for longer than that pause, and a
-reader can see the losing release, whole, for no longer than it. A registry that can make tags immutable closes the gap.
+not find its own bytes then has not published (a signature is a layer too, which the release's digest does not cover). So
+both can succeed only if one request is on its way for longer than that pause, and a reader can see the losing release,
+whole, for no longer than it. A registry that can make tags immutable closes the gap.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Oci:
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-        self._publish(parcel.manifest.release, parcel.manifest.identity, content)
+        self._publish(parcel.manifest.release, content)
 
     def _send_blob(self, digest: str, size: int, path: str, body: bytes | Callable[[], Upload], stop: threading.Event) -> None:
         def work() -> None:
@@ -128,13 +129,14 @@ class Oci:
         except OSError as error:
             raise RegistryError(f"{path}: cannot be read ({error.strerror}); push it again") from error
 
-    def _publish(self, release: str, identity: str, content: bytes) -> None:
-        """Put a version's tag, unless there is one, and make sure that it stays."""
+    def _publish(self, release: str, content: bytes) -> None:
+        """Put a version's tag, unless there is one, and make sure that it stays. Only the same bytes are the same: a label
+        names the release's manifest, which a signature is not part of."""
 
         def work() -> float:
             # Looked up in every try: an answer that was lost may hide that the tag is there, and whose it is by now.
-            if (named := self._label_once(release)) is not None:
-                if named == (release, identity):
+            if (there := self.client.manifest(release)) is not None:
+                if there == content:
                     return 0.0
                 raise TakenError(f"{self.url}: another push of {release} came first")
             started = time.monotonic()
@@ -145,11 +147,11 @@ class Oci:
             took = self._retry(work)
         except RefusedError:
             # A registry that makes tags immutable refuses the later of two pushes.
-            if self._label(release) is None:
+            if self._retry(lambda: self.client.manifest(release)) is None:
                 raise
             raise TakenError(f"{self.url}: another push of {release} came first") from None
         time.sleep(min(max(SETTLE_TIMES * took, SETTLE_SECONDS), SETTLE_MOST_SECONDS))
-        if (named := self._label(release)) is not None and named != (release, identity):
+        if self._retry(lambda: self.client.manifest(release)) not in (None, content):
             raise TakenError(f"{self.url}: another push of {release} came at the same time")
 
     def alias(self, name: str, version: Version) -> None:

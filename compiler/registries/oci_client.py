@@ -1,7 +1,8 @@
 """The distribution specification of OCI over HTTP: manifests, tags and blobs of one repository, streamed.
 
-Only `requests` speaks to the network. Credentials go to the registry itself and to nobody that it redirects to. Words of the
-network's errors are our own, since those of the libraries hold addresses, and those of storage hold signatures.
+Only `requests` speaks to the network. A login goes to the registry itself and, as docker does it, to the server that the
+registry names for tokens, whosever that is (`oci_login`); to nobody that either redirects to. Words of the network's errors
+are our own, since those of the libraries hold addresses, and those of storage hold signatures.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Logins of OCI registries: docker's own configuration and credential helpers, and the token handshake.
 
-No credential leaves this module but as a request's header, and none is in what it raises.
+A login goes to the registry or, where the registry asks for a token, to the server that it names for that: any that speaks
+https, as docker does it, and one that does not only on this machine. Whoever logs in to a registry trusts it that far. No
+credential leaves this module but in a request to one of the two, and none is in what it raises.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ HUB_SERVER = "registry-1.docker.io"
 HUB_KEY = "https://index.docker.io/v1/"
 # A credential helper's name for "the secret is a token to get tokens with, there is no user".
 TOKEN_USER = "<token>"  # noqa: S105
+# A word with the value that it is given, or alone; or what stands between words. A match begins wherever the last one ended
+# and gives nothing back, so that the time is linear in a header that a server may make long.
+_CHALLENGE = re.compile(r'([^\s,="]++)(?:\s*+(=)\s*+(?:"([^"]*+)"|([^\s,"]++)))?+|"[^"]*+"?+|[\s,=]++')
 HELPER_SECONDS = 60
 TIMEOUT = (10, 60)
 
@@ -204,12 +209,12 @@ def parse_challenge(header: str) -> tuple[str, dict[str, str]]:
     """The scheme (bearer rather than basic, where both are offered) and the parameters of a `WWW-Authenticate`."""
     found: dict[str, dict[str, str]] = {}
     scheme = ""
-    for word, name, quoted, plain in re.findall(r'(\w+)\s*(?=\s\w+\s*=|,|$)|(\w+)\s*=\s*(?:"([^"]*)"|([^\s,"]+))', header):
-        if word:
+    for word, equals, quoted, plain in _CHALLENGE.findall(header):
+        if word and not equals:
             scheme = word.lower()
             found.setdefault(scheme, {})
-        elif scheme:
-            found[scheme][name.lower()] = quoted or plain
+        elif word and scheme:
+            found[scheme][word.lower()] = quoted or plain
     for scheme in ("bearer", "basic"):
         if scheme in found:
             return scheme, found[scheme]

@@ -553,6 +553,115 @@ def test_a_server_that_names_other_places_is_not_followed(url: str, release: Pat
     assert not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.parametrize("path", ["", ARTIFACTS], ids=["registry", "artifacts"])
+def test_a_redirect_is_not_followed(
+    proxy: Proxy, server: Server, url: str, release: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "s3cr3t-token")
+    monkeypatch.setenv("MLFLOW_ALLOW_HTTP_REDIRECTS", "true")
+    publish.push(release, url, ("latest",))
+    with Proxy(server.url) as other:
+        to = (("Location", f"{other.url}/elsewhere?signature=s3cr3t"),)
+        for status in (302, 307):
+            proxy.heal()
+            proxy.inject(Fault(path=path, status=status, headers=to, body=b"<html>", times=ALWAYS))
+            with pytest.raises(RegistryError, match=rf"sends requests on to another address \({status}\)") as caught:
+                publish.pull(url, release.parent / "pulled")
+            assert "s3cr3t" not in one_line(caught)
+        assert other.requests == []
+    assert not (release.parent / "pulled").exists()
+
+
+@pytest.fixture
+def store(tmp_path: Path, database: Path) -> Path:
+    """A folder with MLflow's database."""
+    (tmp_path / "store").mkdir()
+    shutil.copy(database, tmp_path / "store")
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize("elsewhere", ["outside", "store/mlartifacts/../../outside", "store/mlartifacts2/a"])
+def test_a_database_that_names_other_places_is_not_followed(
+    store: Path, release: Path, tmp_path: Path, elsewhere: str
+) -> None:
+    url = f"mlflow://{store}/tiny"
+    publish.push(release, url, ("latest",))
+    kept = hash_folder(tmp_path)
+    with contextlib.closing(sqlite3.connect(store / "mlflow.db")) as connection:
+        place = f"file://{tmp_path}/{elsewhere}"
+        connection.execute("update experiments set artifact_location = ?", (place,))
+        connection.execute("update model_versions set source = ?, storage_location = ?", (place, place))
+        connection.commit()
+    make_release(tmp_path / "next", FILES, release="1.1.0")
+    for work in (lambda: publish.pull(url, tmp_path / "pulled"), lambda: publish.push(tmp_path / "next", url)):
+        with pytest.raises(RegistryError, match="outside of the folder; if that was moved, move it back") as caught:
+            work()
+        one_line(caught)
+    now = {file.path for file in hash_folder(tmp_path) if not file.path.startswith(("next/", "store/mlflow."))}
+    assert now == {file.path for file in kept if not file.path.startswith("store/mlflow.")}
+
+
+def test_a_folder_that_was_moved_says_so(store: Path, release: Path, tmp_path: Path) -> None:
+    publish.push(release, f"mlflow://{store}/tiny", ("latest",))
+    store.rename(tmp_path / "moved")
+    with pytest.raises(RegistryError, match="outside of the folder; if that was moved, move it back") as caught:
+        publish.pull(f"mlflow://{tmp_path}/moved/tiny", tmp_path / "pulled")
+    one_line(caught)
+    # Another way to the same folder is none.
+    (tmp_path / "store").symlink_to(tmp_path / "moved")
+    assert publish.pull(f"mlflow://{tmp_path}/store/tiny", tmp_path / "pulled")[1]
+
+
+@pytest.mark.parametrize("name", ["model.sig", "SHA256SUMS", "config.json", "a b"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_a_folder_is_not_read(store: Path, release: Path, tmp_path: Path, name: str, there: bool) -> None:
+    url = f"mlflow://{store}/tiny"
+    publish.push(release, url, ("latest",))
+    (root,) = store.glob("mlartifacts/**/release")
+    secret = tmp_path / "secret"
+    if there and name == "a b":
+        shutil.copytree(root / name, secret)
+    elif there:
+        secret.write_bytes(b"mine alone")
+    if (root / name).is_dir():
+        shutil.rmtree(root / name)
+    (root / name).unlink(missing_ok=True)
+    (root / name).symlink_to(secret)
+    with pytest.raises(ReleaseError) as caught:
+        publish.pull(url, tmp_path / "pulled")
+    # Of a folder that is a link to nowhere the files are not there.
+    assert "is a link, or leads through one" in one_line(caught) or (name == "a b" and not there)
+    assert not (tmp_path / "pulled").exists()
+
+
+@pytest.mark.parametrize("link", ["model", "model/release", "model/release/onnx", "model/release/.config.json.part"])
+def test_a_link_in_a_folder_is_not_written_through(
+    store: Path, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str
+) -> None:
+    url, outside = f"mlflow://{store}/tiny", tmp_path / "outside"
+    run = Model._run
+
+    def linked(self: Model, *arguments: Any) -> tuple[str, str]:
+        name, root = run(self, *arguments)
+        planted = Path(root.removeprefix("file://")).parent / link
+        planted.parent.mkdir(parents=True)
+        planted.symlink_to(outside)
+        return name, root
+
+    monkeypatch.setattr(Model, "_run", linked)
+    if link.endswith(".part"):
+        outside.write_bytes(b"kept")
+        assert publish.push(release, url, ("latest",)).made
+        assert outside.read_bytes() == b"kept"
+        assert publish.pull(url, tmp_path / "pulled")[1]
+        return
+    outside.mkdir()
+    with pytest.raises(RegistryError, match=r"is a link, or leads through one|outside of the folder") as caught:
+        publish.push(release, url)
+    one_line(caught)
+    assert list(outside.iterdir()) == []
+
+
 def test_a_file_that_changes_while_it_is_sent(place: str, release: Path, tmp_path: Path) -> None:
     content = (release / BIG).read_bytes()
     for wrong in (content[:-1] + b"?", content + b"more"):

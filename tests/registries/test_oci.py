@@ -541,6 +541,30 @@ def test_two_pushes_at_once_of_the_same_content_both_succeed(
     assert len(registries.connect(url).list()) == 1
 
 
+@pytest.mark.parametrize("meanwhile", ["at the same time", "before"])
+def test_of_a_signed_and_an_unsigned_push_of_one_release_only_one_says_that_it_published(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    make_release(tmp_path / "signed")
+    make_release(tmp_path / "plain")
+    (tmp_path / "signed" / "model.sig").write_bytes(b"signature")
+    if meanwhile == "at the same time":
+        monkeypatch.setattr(oci, "SETTLE_SECONDS", 0.5)
+        assert push_both(monkeypatch, url, (tmp_path / "signed", tmp_path / "plain")) == ["made", "there"]
+    else:
+        put = Client.put_blob
+
+        def slow(self: Client, digest: str, body: Any) -> None:
+            monkeypatch.setattr(Client, "put_blob", put)
+            push(tmp_path / "signed", url)
+            put(self, digest, body)
+
+        monkeypatch.setattr(Client, "put_blob", slow)
+        assert not push(tmp_path / "plain", url).made
+        pull(f"{url}@1.0.0", tmp_path / "back")
+        assert content(tmp_path / "back") == content(tmp_path / "signed")
+
+
 def test_a_push_looks_once_more_before_it_puts_its_tag(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make_release(tmp_path / "first")
     make_release(tmp_path / "second", {**FILES, "config.json": b"{}"})

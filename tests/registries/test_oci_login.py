@@ -154,10 +154,21 @@ def test_what_docker_configured_is_found(tmp_path: Path, docker: Path, monkeypat
         ("Negotiate", ("", {})),
         ("", ("", {})),
         ("Basic", ("basic", {})),
+        ('Negotiate a/b==, Bearer realm = "https://a/t?a=b", x-e="1", service=""',
+         ("bearer", {"realm": "https://a/t?a=b", "x-e": "1", "service": ""})),
+        ('Bearer realm="https://a/t", scope="never ends', ("bearer", {"realm": "https://a/t"})),
     ],
 )  # fmt: skip
 def test_challenges_are_understood(header: str, expected: tuple[str, dict[str, str]]) -> None:
     assert parse_challenge(header) == expected
+
+
+@pytest.mark.parametrize("piece", ["a", " ", "a ", '"', 'a="', "a= ", "=", ",", "a b,"])
+def test_a_long_challenge_is_read_in_a_moment(piece: str) -> None:
+    """As long as Python's HTTP client takes a header: 64 KiB, in which a square would be a minute."""
+    started = time.monotonic()
+    parse_challenge(f"Bearer {piece * (65000 // len(piece))}!")
+    assert time.monotonic() - started < 1
 
 
 class Listener:

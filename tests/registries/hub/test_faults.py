@@ -495,6 +495,20 @@ def test_main_that_cannot_be_shown(
         one_line(caught.value, "1.0.0 is published, but main does not show it yet: committing: the hub answers 500")
         assert not push(tmp_path / "made", url, ("prod",)).made
         assert pull(url + "@prod", tmp_path / "pulled")[1]
+        assert set(hub.files(url, "main")) == {".gitattributes"}
+        proxy.heal()
+        sent = len(puts(hub))
+        (tmp_path / "made" / "model.sig").write_bytes(b"made since, and not published")
+        registries.connect(url).show(tmp_path / "made")  # type: ignore[attr-defined]
+        assert set(hub.files(url, "main")) == {*hub.files(url, "1.0.0"), "README.md"}
+        assert len(puts(hub)) == sent, "a file that the hub has was sent again"
+        proxy.heal()
+        registries.connect(url).show(tmp_path / "made")  # type: ignore[attr-defined]
+        make_release(tmp_path / "newer", release="1.1.0")
+        push(tmp_path / "newer", url)
+        shown = hub.files(url, "main")
+        registries.connect(url).show(tmp_path / "made")  # type: ignore[attr-defined]
+        assert hub.files(url, "main") == shown and proxy.count("POST", "/commit/main") == 1
 
 
 def test_an_alias_that_does_not_move(hub: HubProcess, url: str, tmp_path: Path) -> None:

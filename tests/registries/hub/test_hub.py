@@ -14,7 +14,6 @@ from compiler import registries
 from compiler.errors import RegistryError
 from compiler.hashing import hash_folder
 from compiler.manifest import MANIFEST, SUMS
-from compiler.registries.hub import precedence
 from compiler.stages.publish import pull, push
 from tests.conftest import run_command
 from tests.registries.conftest import FILES, make_release, signed_round_trip
@@ -61,6 +60,19 @@ def test_a_version_is_a_tag_on_exactly_the_release(hub: HubProcess, url: str, tm
         assert hashlib.sha256(hub.content(url, tagged[file.path]).read_bytes()).hexdigest() == file.sha256
     assert set(hub.state(url)["branches"]) == {"main"}, "the branch that it was put together on is gone"
     assert hub.state(url)["private"]
+
+
+def test_a_push_takes_only_its_own_versions_branches_away(hub: HubProcess, url: str, tmp_path: Path) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi(hub.url)
+    api.create_repo(repo(url))
+    left = ("push/1.0.0-rc.1-0123456789ab", "push/1.0.0-notes", "push/1.0.01-0123456789ab", "push/1x0.0-0123456789ab")
+    for branch in ("push/1.0.0-0123456789ab", *left):
+        api.create_branch(repo(url), branch=branch)
+    make_release(tmp_path / "made")
+    push(tmp_path / "made", url)
+    assert set(hub.state(url)["branches"]) == {"main", *left}
 
 
 def test_a_public_repository_on_request(hub: HubProcess, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,12 +173,6 @@ def test_addresses_that_are_none(bad: str, said: str) -> None:
     with pytest.raises(RegistryError, match=said) as caught:
         registries.connect(bad)
     assert "secret" not in str(caught.value)
-
-
-def test_semver_orders_versions() -> None:
-    words = "1.0.0-alpha, 1.0.0-alpha.1, 1.0.0-alpha.beta, 1.0.0-beta.2, 1.0.0-beta.11, 1.0.0-rc.1, 1.0.0, 1.2.0, 1.10.0"
-    ordered = words.split(", ")
-    assert sorted(sorted(ordered), key=precedence) == ordered
 
 
 def test_published_releases_can_be_compared(hub: HubProcess, url: str, tmp_path: Path) -> None:
