@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -156,11 +156,22 @@ def match(versions: Sequence[Version], reference: str) -> Version | None:
     return None
 
 
-def read_alias(content: bytes, where: str) -> str:
-    """The version that an alias' file names. Raises RegistryError when it names none."""
+def read_alias(content: bytes) -> str | None:
+    """The version that an alias' file names; None when it names none: a damaged file is told of only to who asks for it."""
     release = content.decode("utf-8", "replace").strip()
-    if not re.fullmatch(SEMVER, release):
-        raise RegistryError(f"{where}: names no version; move the alias again: compile alias")
+    return release if re.fullmatch(SEMVER, release) else None
+
+
+def follow(aliases: Mapping[str, str | None], reference: str, url: str) -> str:
+    """The version that an alias names; a reference that is no alias, as it is.
+
+    Raises:
+        RegistryError: the alias is there and names no version.
+    """
+    release = aliases.get(reference, reference)
+    if release is None:
+        move = f"compile alias {url}@1.0.0 {reference}"
+        raise RegistryError(f"{url}: alias {reference}: cannot be read, or names no version; move it again: {move}")
     return release
 
 

@@ -1,6 +1,6 @@
 """file:///folder: releases as plain folders, which loaders and `compile verify` open where they are.
 
-<root>/1.0.0/                a release; it appears by one rename, which fails where there is one already
+<root>/1.0.0/                a release; it appears by one rename, which fails where there is one already; read-only
 <root>/aliases/latest        the version that an alias names, on one line; replaced in one step
 <root>/.incoming/<key>/      what an interrupted push has sent, by the digest of all that the push sends
 """
@@ -29,7 +29,18 @@ from compiler.config import SEMVER
 from compiler.errors import RegistryError, ReleaseError
 from compiler.hashing import CHUNK, copy, file_sha256, list_files, sync_folder
 from compiler.manifest import MANIFEST, from_bytes
-from compiler.registries import ALIAS, ALIAS_BYTES, Parcel, Registry, TakenError, Version, match, precedence, read_alias
+from compiler.registries import (
+    ALIAS,
+    ALIAS_BYTES,
+    Parcel,
+    Registry,
+    TakenError,
+    Version,
+    follow,
+    match,
+    precedence,
+    read_alias,
+)
 from compiler.registries.transfer import SMALL_BYTES, FaultError, key_of, receive
 from compiler.store import locked, write_file
 from compiler.types import File
@@ -38,6 +49,8 @@ ALIASES = "aliases"
 INCOMING = ".incoming"
 # What was sent by a push that nobody took up again for this long is removed by the next push.
 ABANDONED_SECONDS = 7 * 24 * 3600
+# Modes of what is published, whatever the umask of who publishes: all may read it, and nothing is written by mistake.
+FILE_MODE, FOLDER_MODE, ALIAS_MODE = 0o444, 0o755, 0o644
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -46,6 +59,8 @@ def connect(url: str) -> Registry:
     path = unquote(url.removeprefix("file://").removeprefix("localhost"))
     if not path.startswith("/"):
         raise RegistryError(f"{url}: a folder's URL is file:// and an absolute path: file:///srv/models/minilm")
+    if "\0" in path:
+        raise RegistryError(f"{url}: a folder's name has no NUL (%00); correct the URL")
     return Folder(url, Path(path))
 
 
@@ -67,7 +82,7 @@ class Folder:
     def resolve(self, reference: str) -> Version | None:
         with self._telling():
             aliases = self._aliases()
-            release = aliases.get(reference, reference)
+            release = follow(aliases, reference, self.url)
             if re.fullmatch(SEMVER, release):
                 version = self._version(release, aliases)
                 if version is None and release != reference:
@@ -112,7 +127,10 @@ class Folder:
                 pass
         write_file(part / MANIFEST, parcel.content)
         os.replace(part / MANIFEST, whole / MANIFEST)
-        for inside, _, _ in os.walk(whole):
+        for inside, _, names in os.walk(whole):
+            for name in names:
+                _set_mode(Path(inside) / name, FILE_MODE)
+            _set_mode(Path(inside), FOLDER_MODE)
             sync_folder(Path(inside))
         try:
             os.rename(whole, target)
@@ -130,6 +148,7 @@ class Folder:
             aside = folder / f".{name}.{os.getpid()}.{secrets.token_hex(4)}"
             try:
                 write_file(aside, f"{version.release}\n".encode())
+                _set_mode(aside, ALIAS_MODE)
                 os.replace(aside, folder / name)
             except BaseException:
                 aside.unlink(missing_ok=True)
@@ -169,7 +188,7 @@ class Folder:
                 return
             yield chunk
 
-    def _version(self, release: str, aliases: Mapping[str, str]) -> Version | None:
+    def _version(self, release: str, aliases: Mapping[str, str | None]) -> Version | None:
         folder = self.root / release
         if not os.path.lexists(folder):
             return None
@@ -184,17 +203,15 @@ class Folder:
             raise RegistryError(f"{folder}: holds release {manifest.release}; it was renamed, do not use it")
         return Version(release, manifest.identity, tuple(sorted(name for name, named in aliases.items() if named == release)))
 
-    def _aliases(self) -> dict[str, str]:
-        """The aliases: name → version."""
-        found = {}
+    def _aliases(self) -> dict[str, str | None]:
+        """The aliases: name → version; None for what cannot be read or names none, which is in nobody's way but its own."""
+        found: dict[str, str | None] = {}
         folder = self.root / ALIASES
         for name in _names(folder):
             if ALIAS.fullmatch(name):
-                try:
-                    with _open(folder, name, str(folder)) as stream:
-                        found[name] = read_alias(stream.read(ALIAS_BYTES), str(folder / name))
-                except ReleaseError as error:
-                    raise RegistryError(str(error)) from error
+                found[name] = None
+                with contextlib.suppress(ReleaseError, OSError), _open(folder, name, str(folder)) as stream:
+                    found[name] = read_alias(stream.read(ALIAS_BYTES))
         return found
 
     @contextlib.contextmanager
@@ -239,11 +256,19 @@ def _put(source: Path, file: File, whole: Path, part: Path) -> None:
 def _sweep(incoming: Path) -> None:
     """Remove what pushes left behind that nobody took up again."""
     for aside in incoming.iterdir():
-        if aside.suffix == ".lock" or time.time() - aside.stat().st_mtime < ABANDONED_SECONDS:
-            continue
-        with contextlib.suppress(Timeout, OSError), FileLock(f"{aside}.lock", timeout=0):
-            shutil.rmtree(aside)
-            os.unlink(f"{aside}.lock")
+        # Others publish, and sweep, at the same time: what is here now may be gone at any step.
+        with contextlib.suppress(Timeout, OSError):
+            if aside.suffix == ".lock" or time.time() - aside.stat().st_mtime < ABANDONED_SECONDS:
+                continue
+            with FileLock(f"{aside}.lock", timeout=0):
+                shutil.rmtree(aside)
+                os.unlink(f"{aside}.lock")
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    # It is refused for a disk that has no modes, such as vfat, and for a file that another user's push has sent.
+    with contextlib.suppress(PermissionError):
+        path.chmod(mode)
 
 
 def _open(root: Path, path: str, where: str) -> BinaryIO:

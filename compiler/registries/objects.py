@@ -33,6 +33,7 @@ from compiler.registries import (
     Registry,
     TakenError,
     Version,
+    follow,
     match,
     precedence,
     read_alias,
@@ -73,14 +74,15 @@ def connect(url: str) -> Registry:
     """The registry at an fsspec URL. Nothing is asked of the store before the first call.
 
     Raises:
-        RegistryError: fsspec knows no such scheme, or its package is not installed.
+        RegistryError: fsspec knows no such scheme, its package is not installed, or a URL alone does not open it.
     """
     import fsspec
 
     parts = urlsplit(url)
     scheme = parts.scheme
     if parts.query or parts.fragment:
-        raise RegistryError(f"{url}: a registry's URL has no ? or #; leave it out")
+        # What follows may be a token: it is not repeated.
+        raise RegistryError(f"{re.split('[?#]', url)[0]}: a registry's URL has no ? or #; leave it out")
     if not parts.netloc:
         raise RegistryError(f"{url}: names no bucket; a registry's URL is {scheme}://BUCKET/PATH")
     try:
@@ -95,10 +97,15 @@ def connect(url: str) -> Registry:
         # We try again ourselves; three layers that each try five times would take minutes to say that a server is away.
         given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **given}
-    filesystem = implementation(**options)
+    try:
+        filesystem = implementation(**options)
+        root = filesystem._strip_protocol(url)
+    except Exception as error:  # each implementation asks for what it likes
+        reason = f"fsspec cannot open {scheme}:// by this URL alone ({_short(error)})"
+        raise RegistryError(f"{url}: {reason}; set {_variables(scheme)}, or give {SCHEMES}") from error
     if scheme in S3:
         filesystem.retries = 1
-    return Objects(url, scheme, filesystem, filesystem._strip_protocol(url))
+    return Objects(url, scheme, filesystem, root)
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ class Objects:
         if DIGEST.fullmatch(reference):
             return match(self.list(), reference)
         aliases = self._aliases()
-        release = aliases.get(reference, reference)
+        release = follow(aliases, reference, self.url)
         if not re.fullmatch(SEMVER, release):
             return None
         version = self._version(release, aliases)
@@ -145,12 +152,23 @@ class Objects:
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
-        self._try(lambda: self.filesystem.pipe_file(self._at(f"{OBJECTS}/{key}/{MANIFEST}"), parcel.content))
+        manifest = self._at(f"{OBJECTS}/{key}/{MANIFEST}")
+        self._try(lambda: self.filesystem.pipe_file(manifest, parcel.content))
+        # That the store does not create an object twice is what keeps a version from being replaced: it must show it.
+        with contextlib.suppress(FileExistsError):
+            self._try(lambda: self.filesystem.pipe_file(manifest, parcel.content, mode="create"))
+            raise RegistryError(
+                f"{self.url}: this store creates an object that is there already (it ignores If-None-Match), so that a push "
+                f"could replace a published version; push to a store that refuses it"
+            )
+        taken = f"{self.url}: {release} was published by somebody else meanwhile"
         pointer = canonical({"content": key, "digest": parcel.manifest.identity, "release": release})
         try:
             self._try(lambda: self.filesystem.pipe_file(self._at(f"{VERSIONS}/{release}"), pointer, mode="create"))
         except FileExistsError as error:
-            raise TakenError(f"{self.url}: {release} was published by somebody else meanwhile") from error
+            raise TakenError(taken) from error
+        if self._small(f"{VERSIONS}/{release}", POINTER_BYTES) != pointer:
+            raise TakenError(taken)
 
     def alias(self, name: str, version: Version) -> None:
         content = f"{version.release}\n".encode()
@@ -256,22 +274,18 @@ class Objects:
             raise RegistryError(f"{self.url}/{path}: is not what a push writes; the version is damaged, do not use it")
         return dict(pointer)
 
-    def _version(self, release: str, aliases: Mapping[str, str]) -> Version | None:
+    def _version(self, release: str, aliases: Mapping[str, str | None]) -> Version | None:
         if (pointer := self._pointer(release)) is None:
             return None
         named = tuple(sorted(name for name, other in aliases.items() if other == release))
         return Version(release, pointer["digest"], named)
 
-    def _aliases(self) -> dict[str, str]:
-        """The aliases: name → version."""
+    def _aliases(self) -> dict[str, str | None]:
+        """The aliases: name → version; None for what names none, which is in nobody's way but its own."""
         names = [name for name in self._names(ALIASES) if ALIAS.fullmatch(name)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             contents = tuple(pool.map(lambda name: self._small(f"{ALIASES}/{name}", ALIAS_BYTES), names))
-        return {
-            name: read_alias(content, f"{self.url}/{ALIASES}/{name}")
-            for name, content in zip(names, contents, strict=True)
-            if content is not None
-        }
+        return {name: read_alias(content) for name, content in zip(names, contents, strict=True) if content is not None}
 
     def _names(self, folder: str) -> tuple[str, ...]:
         try:
@@ -323,9 +337,8 @@ class Objects:
                 raise
             names = {kind.__name__ for kind in type(error).__mro__}
             if status in (401, 403) or isinstance(error, PermissionError) or any("Credential" in name for name in names):
-                variables = VARIABLES.get(self.scheme, f"what fsspec's {self.scheme} takes (FSSPEC_{self.scheme.upper()}_…)")
                 refused = f"refused ({code or status})" if status else "has no credentials to show"
-                raise RegistryError(f"{self.url}: {refused}; set {variables}, of somebody who may") from error
+                raise RegistryError(f"{self.url}: {refused}; set {_variables(self.scheme)}, of somebody who may") from error
             short = _short(error)
             if names & FAULTS or status in (408, 409, 425, 429) or (status or 0) >= 500:
                 raise FaultError(f"{code or status}: {short}" if status else short) from error
@@ -347,6 +360,12 @@ def _answer(error: BaseException) -> tuple[int | None, str]:
     return None, ""
 
 
+def _variables(scheme: str) -> str:
+    return VARIABLES.get(scheme, f"what fsspec's {scheme} takes (FSSPEC_{scheme.upper()}_…)")
+
+
 def _short(error: Exception) -> str:
+    """What a library says, in one line, without what signs a URL or logs in by it: stores redirect to such addresses."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"\?\S+", "?…", re.sub(r"://[^/\s]*@", "://…@", text))
     return text if len(text) <= 200 else f"{text[:197]}..."

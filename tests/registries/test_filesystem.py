@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from compiler.cli import cli
 from compiler.errors import RegistryError, ReleaseError
 from compiler.hashing import list_files
 from compiler.manifest import MANIFEST, SIGNATURE
@@ -48,6 +52,11 @@ def whole(root: Path) -> list[str]:
         verify_files(root / name, read_release(root / name)[0])
     assert set(os.listdir(root)) <= {*found, INCOMING, "aliases"}
     return found
+
+
+def modes(root: Path) -> dict[str, int]:
+    """The permissions of a folder and of all that is in it."""
+    return {path.relative_to(root).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in (root, *root.rglob("*"))}
 
 
 class TestPushAndPull:
@@ -124,6 +133,44 @@ class TestPushAndPull:
             connect("file://srv/models")
         one_line(caught, "file:///srv/models/minilm")
 
+    def test_a_name_with_a_null_byte(self) -> None:
+        with pytest.raises(RegistryError) as caught:
+            connect("file:///srv/a%00b")
+        one_line(caught, "file:///srv/a%00b", "no NUL")
+
+    @pytest.mark.parametrize(("umask", "pulled"), [(0o022, 0o644), (0o077, 0o600), (0o000, 0o666)])
+    def test_what_is_published_is_read_only(
+        self, release: Path, root: Path, url: str, tmp_path: Path, umask: int, pulled: int
+    ) -> None:
+        """Whatever the umask, and also for what an earlier push has sent; what is pulled belongs to who pulled it."""
+        before = os.umask(umask)
+        try:
+            TestKilled.interrupted(release, root, url)
+            seen: list[dict[str, int]] = []
+            with pytest.MonkeyPatch.context() as patch:
+                rename = os.rename
+                patch.setattr(filesystem.os, "rename", lambda *names: (seen.append(modes(Path(names[0]))), rename(*names)))
+                push(release, url, ["latest"])
+            pull(url, tmp_path / "out")
+        finally:
+            os.umask(before)
+        published = modes(root / "1.0.0")
+        assert {published[path] for path in list_files(release)} == {0o444}
+        assert {published[path] for path in set(published) - set(list_files(release))} == {0o755}
+        assert seen == [published]  # before the release can be seen
+        assert stat.S_IMODE((root / "aliases/latest").stat().st_mode) == 0o644
+        assert {modes(tmp_path / "out")[path] for path in list_files(release)} == {pulled}
+        assert CliRunner().invoke(cli, ["verify", str(root / "1.0.0")]).exit_code == 0
+        assert whole(root) == ["1.0.0"]
+
+    def test_a_disk_without_modes(self, release: Path, root: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(path: Path, mode: int) -> None:
+            raise PermissionError(1, "Operation not permitted", str(path))
+
+        monkeypatch.setattr(Path, "chmod", refuse)
+        assert push(release, url, ["latest"]).made
+        assert whole(root) == ["1.0.0"]
+
 
 class TestAliases:
     def test_they_move_and_nothing_else_does(self, release: Path, root: Path, url: str, tmp_path: Path) -> None:
@@ -182,7 +229,36 @@ class TestAliases:
         (root / "aliases/latest").write_text("../../etc/passwd\n")
         with pytest.raises(RegistryError) as caught:
             connect(url).resolve("latest")
-        one_line(caught, "names no version")
+        one_line(caught, "alias latest", "names no version", "compile alias")
+
+    @pytest.mark.parametrize("kind", ["text", "folder", "link", "pipe", "socket"])
+    def test_what_is_none_is_in_the_way_of_nothing_else(
+        self, release: Path, root: Path, url: str, tmp_path: Path, kind: str
+    ) -> None:
+        push(release, url, ["latest"])
+        stray = root / "aliases/README"
+        if kind == "text":
+            stray.write_text("hello\n")
+        elif kind == "folder":
+            stray.mkdir()
+        elif kind == "link":
+            stray.symlink_to("latest")
+        elif kind == "pipe":
+            os.mkfifo(stray)
+        else:
+            os.mknod(stray, stat.S_IFSOCK | 0o644)
+        assert [version.aliases for version in versions(url)] == [("latest",)]
+        assert pull(f"{url}@1.0.0", tmp_path / "out")[1]
+        assert pull(url, tmp_path / "latest")[1]
+        make_release(tmp_path / "next", release="1.1.0")
+        assert push(tmp_path / "next", url, ["latest"]).made
+        assert alias(f"{url}@1.0.0", "prod")[1]
+        with pytest.raises(RegistryError) as caught:
+            pull(f"{url}@README", tmp_path / "none")
+        one_line(caught, "alias README", "names no version", f"compile alias {url}@1.0.0 README")
+        if kind != "folder":
+            assert alias(f"{url}@1.0.0", "README")[1]
+            assert pull(f"{url}@README", tmp_path / "out") == (read_release(release)[0], False)
 
 
 class TestAtOnce:
@@ -285,6 +361,23 @@ class TestKilled:
         os.utime(left, (old, old))
         push(tmp_path / "other", url)
         assert list((root / INCOMING).iterdir()) == []
+
+    def test_what_another_push_removes_meanwhile(
+        self, release: Path, root: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was listed is gone when it is looked at."""
+        self.interrupted(release, root, url)
+        make_release(tmp_path / "next", release="1.1.0")
+        listed = Path.iterdir
+
+        def gone(folder: Path) -> Iterator[Path]:
+            for path in list(listed(folder)):
+                if folder.name == INCOMING and path.is_dir():
+                    shutil.rmtree(path)
+                yield path
+
+        monkeypatch.setattr(Path, "iterdir", gone)
+        assert push(tmp_path / "next", url).made
 
     @staticmethod
     def interrupted(release: Path, root: Path, url: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from compiler.errors import RegistryError, ReleaseError
 from compiler.manifest import MANIFEST
@@ -172,7 +173,7 @@ class TestFaults:
         assert connect(url).resolve("1.0.0") is None
         proxy.heal()
         assert push(release, url).made
-        assert proxy.count("PUT", "/objects/") == 1  # the manifest
+        assert proxy.count("PUT", "/objects/") == 2  # the manifest, and once more, which the store must refuse
         assert [version.release for version in versions(url)] == ["1.0.0"]
 
     def test_what_was_sent_is_not_believed_by_its_name(self, server: S3, proxy: Proxy, url: str, release: Path) -> None:
@@ -184,7 +185,7 @@ class TestFaults:
         server.client().put_object(Bucket=url.split("/")[2], Key=key, Body=b"onnX " * 2000)
         assert push(release, url).made
         assert proxy.count("PUT", "/objects/.*onnx/model.onnx") == 1
-        assert proxy.count("PUT", "/objects/") == 2
+        assert proxy.count("PUT", "/objects/") == 3  # and the manifest twice
 
     @pytest.mark.parametrize("where", ["/objects/.*model.pt", "/versions/", "/aliases/"])
     def test_a_connection_that_is_reset(self, proxy: Proxy, url: str, release: Path, where: str) -> None:
@@ -327,7 +328,7 @@ class TestKilled:
         assert sum(not key.endswith(MANIFEST) for key in stored(server, url)) == sent
         proxy.heal()
         assert push(release, url).made
-        assert proxy.count("PUT", "/objects/") == FILE_COUNT - sent + 1
+        assert proxy.count("PUT", "/objects/") == FILE_COUNT - sent + 2  # the manifest twice
         assert [version.release for version in versions(url)] == ["1.0.0"]
 
     @pytest.mark.parametrize("work", ["push", "pull"])
@@ -435,12 +436,80 @@ class TestOtherStores:
             ("foo://bucket/x", "nothing serves foo://"),
             ("s3:///x", "names no bucket"),
             ("s3://bucket/x?versionId=1", "has no ? or #"),
+            ("zip://a/b", "fsspec cannot open zip:// by this URL alone"),
+            ("ftp://host/x", "fsspec cannot open ftp:// by this URL alone"),
+            ("github://o/r", "fsspec cannot open github:// by this URL alone"),
+            ("reference://a/b", "fsspec cannot open reference:// by this URL alone"),
+            ("jupyter://a/b", "fsspec cannot open jupyter:// by this URL alone"),
         ],
     )
     def test_what_is_no_place(self, url: str, says: str) -> None:
         with pytest.raises(RegistryError) as caught:
             connect(url)
         one_line(caught, says)
+
+    def test_what_follows_a_question_mark_is_not_repeated(self) -> None:
+        with pytest.raises(RegistryError) as caught:
+            connect("s3://bucket/x?token=TOPSECRET")
+        assert "SECRET" not in str(caught.value)
+
+    @pytest.mark.parametrize("status", [400, 500])
+    def test_a_signed_address_is_not_repeated(self, proxy: Proxy, status: int, tmp_path: Path) -> None:
+        """A store that redirects to one, as those behind a web server do, and then fails."""
+        location = f"{proxy.url.replace('://', '://USERSECRET@')}/blob?X-Amz-Signature=TOPSECRET"
+        proxy.inject(Fault(status=302, headers=(("Location", location),), path="/versions/", times=ALWAYS))
+        proxy.inject(Fault(status=status, path="/blob", times=ALWAYS))
+        proxy.inject(Fault(status=404, times=ALWAYS))
+        with pytest.raises(RegistryError) as caught:
+            pull(f"{proxy.url}/x@1.0.0", tmp_path / "out")
+        message = one_line(caught, str(status), "/blob?…")
+        assert "SECRET" not in message
+
+    def test_one_that_creates_an_object_twice(
+        self, server: S3, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A store that does not know If-None-Match: nothing is published there."""
+        pipe = MemoryFileSystem.pipe_file
+        monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda self, path, value, mode="": pipe(self, path, value))
+        url = "memory://careless/tiny"
+        with pytest.raises(RegistryError) as caught:
+            push(release, url)
+        one_line(caught, url, "ignores If-None-Match", "push to a store that refuses it")
+        assert versions(url) == ()
+
+    def test_one_that_replaces_the_version_meanwhile(
+        self, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is there after the creation is not ours: the push does not say that it is."""
+        url = "memory://racing/tiny"
+        make_release(tmp_path / "other", OTHER)
+        push(tmp_path / "other", f"{url}-aside")
+        pipe = MemoryFileSystem.pipe_file
+
+        def replaced(self: MemoryFileSystem, path: str, value: bytes, mode: str = "overwrite") -> None:
+            pipe(self, path, value, mode)
+            if path.endswith("/tiny/versions/1.0.0"):
+                pipe(self, path, self.cat_file("/racing/tiny-aside/versions/1.0.0"))
+
+        monkeypatch.setattr(MemoryFileSystem, "pipe_file", replaced)
+        with pytest.raises(RegistryError) as caught:
+            push(release, url)
+        one_line(caught, "1.0.0 is published already, with other content")
+
+    def test_a_stray_alias_is_in_the_way_of_nothing_else(self, release: Path, tmp_path: Path) -> None:
+        url = "memory://stray/tiny"
+        push(release, url, ["latest"])
+        MemoryFileSystem().pipe_file("/stray/tiny/aliases/README", b"hello\n")
+        MemoryFileSystem().pipe_file("/stray/tiny/aliases/folder/README", b"hello\n")
+        assert [version.aliases for version in versions(url)] == [("latest",)]
+        assert pull(f"{url}@1.0.0", tmp_path / "out")[1]
+        make_release(tmp_path / "next", release="1.1.0")
+        assert push(tmp_path / "next", url, ["latest"]).made
+        with pytest.raises(RegistryError) as caught:
+            pull(f"{url}@README", tmp_path / "none")
+        one_line(caught, "alias README", "names no version", "compile alias")
+        assert alias(f"{url}@1.0.0", "README")[1]
+        assert pull(f"{url}@README", tmp_path / "out") == (read_release(release)[0], False)
 
     def test_without_its_package(self) -> None:
         line = "sys = __import__('sys'); sys.modules['s3fs'] = None"
