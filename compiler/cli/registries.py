@@ -45,9 +45,11 @@ def push(release: Path, url: str, aliases: tuple[str, ...], as_json: bool) -> No
 def pull(url: str, folder: Path, as_json: bool) -> None:
     """Fetch the release that REF names (a version, an alias or sha256:DIGEST; `latest` when left out) into DIR, which appears
     whole and verified."""
+    from compiler import registries
     from compiler.progress import status
     from compiler.stages.publish import pull as run
 
+    registries.parse(url)  # before it is shown: one that holds a login is refused, and not repeated
     with status() as tell:
         tell(f"fetching {url}")
         manifest, made = run(url, folder)

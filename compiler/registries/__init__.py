@@ -86,6 +86,8 @@ class TakenError(RegistryError):
 # Which module serves a URL's scheme; every other scheme is for fsspec. A module has `connect(url) -> Registry`.
 REGISTRIES = {"file": "filesystem", "oci": "oci", "mlflow": "mlflow", "mlflow+http": "mlflow", "hf": "hub"}
 OTHERS = "objects"
+# What may stand after the '?' of a URL, as true or false.
+OPTIONS = {"mlflow": "pyfunc", "mlflow+http": "pyfunc", "hf": "private"}
 SCHEMES = "file://, s3://, oci://, mlflow:// or hf://"
 
 
@@ -93,7 +95,7 @@ def connect(url: str) -> Registry:
     """The registry that serves a URL without a reference.
 
     Raises:
-        RegistryError: it is no URL, names a scheme that nothing serves, or holds a password.
+        RegistryError: it is no URL, names a scheme that nothing serves, or holds a login.
     """
     parts = _split(url)
     module = importlib.import_module(f"{__name__}.{REGISTRIES.get(parts.scheme, OTHERS)}")
@@ -172,18 +174,32 @@ def precedence(release: str) -> tuple[Any, ...]:
 
 
 def _split(url: str) -> SplitResult:
+    """The parts of a URL that may be shown: one with a login, or with what may be one, is refused and not repeated."""
+    scheme, found, rest = url.partition("://")
+    if not found or not re.fullmatch("[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        raise RegistryError(f"{'…' if re.search('[@?#]', url) else url}: no registry's URL; give {SCHEMES}")
+    hidden = f"{scheme}://…"
+    if re.search(r"[\x00-\x1f\x7f]|%[01][0-9a-f]|%7f", rest, re.IGNORECASE):
+        raise RegistryError(f"{hidden}: holds a control character; leave it out")
+    if scheme == "file":
+        return SplitResult(scheme, "", rest, "", "")
+    if scheme not in REGISTRIES and (whole := re.fullmatch(rf"([^/?#@:]+)@(?:{SEMVER}|{DIGEST.pattern})", rest)):
+        return urlsplit(f"{scheme}://{whole[1]}")  # a bucket and a reference
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        # What stands where the port does may be a password with a slash in it: it is not repeated.
-        raise RegistryError(
-            f"{url.partition('://')[0]}://…: no registry's URL: what follows the host's ':' is no port"
-        ) from None
+        # What stands where the port does may be a password with a slash in it.
+        raise RegistryError(f"{hidden}: no registry's URL: what follows the host's ':' is no port") from None
     del port
-    if not parts.scheme or "://" not in url:
-        raise RegistryError(f"{url}: no registry's URL; give {SCHEMES}")
-    if parts.password:
-        shown = url.replace(f":{parts.password}@", ":…@")
-        raise RegistryError(f"{shown}: holds a password; leave it out, each registry's own variables or login file have it")
+    if "@" in parts.netloc or re.search("@.*/", rest):
+        raise RegistryError(
+            f"{hidden}: holds a user's name or a password before an '@'; leave it out, each registry's own variables or login "
+            "file have it (and an alias follows the path)"
+        )
+    option = OPTIONS.get(parts.scheme)
+    if parts.query and option and not re.fullmatch(rf"{option}=(true|false)(@[^@?#]*)?", parts.query):
+        raise RegistryError(f"{hidden}: the only option after '?' is {option}=true or {option}=false")
+    if (parts.query and not option) or parts.fragment:
+        raise RegistryError(f"{hidden}: a registry's URL has no ? or #; leave it out")
     return parts

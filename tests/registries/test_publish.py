@@ -13,13 +13,14 @@ import pytest
 import yaml
 
 from compiler.config import parse
-from compiler.errors import ConfigError
+from compiler.errors import ConfigError, RegistryError
 from compiler.manifest import SIGNATURE
+from compiler.registries import check_place, connect
 from compiler.registries import parse as parse_url
 from compiler.stages.publish import pull, push, versions
 from compiler.verify import is_signed, read_release
 from tests.conftest import Command, error_line, write_pipeline
-from tests.registries.conftest import FILES, make_release
+from tests.registries.conftest import FILES, make_release, one_line
 from tests.test_plan import changed, planned
 
 
@@ -144,7 +145,7 @@ class TestConfig:
         [
             ("file:///srv", "srv", 8, "no registry's URL"),
             ("file:///srv", "foo:///srv", 8, "nothing serves foo://"),
-            ("s3://bucket/tiny", "s3://key:secret@bucket/tiny", 9, "holds a password"),
+            ("s3://bucket/tiny", "s3://key:secret@bucket/tiny", 9, "a password before an '@'"),
             ("s3://bucket/tiny", "s3://key:sec/ret@bucket/tiny", 9, "is no port"),
             ("s3://bucket/tiny", "s3://bucket/tiny@1.0.0", 9, "leave out what follows the '@'"),
             ("[latest, prod]", "[latest, 1.0.0]", 9, "alias '1.0.0'"),
@@ -225,7 +226,7 @@ class TestCommands:
             (["push", "one", "{url}@latest"], "leave out what follows the '@'"),
             (["push", "one", "{url}", "--alias", "2.0.0"], "alias '2.0.0'"),
             (["push", "one", "nowhere"], "no registry's URL"),
-            (["push", "one", "s3://key:secret@bucket/x"], "holds a password"),
+            (["push", "one", "s3://key:secret@bucket/x"], "a password before an '@'"),
             (["push", "one", "s3://key:sec/ret@bucket/x"], "is no port"),
             (["pull", "{url}@3.0.0", "out"], "has no 3.0.0; it has 1.0.0"),
             (["pull", "{url}@-", "out"], "is no version (1.0.0), alias (prod) or digest"),
@@ -278,7 +279,40 @@ class TestCommands:
         ("file:///a@b/c@prod", "file:///a@b/c", "prod"),
         ("oci://host:5000/a/b@prod", "oci://host:5000/a/b", "prod"),
         (f"s3://bucket@sha256:{'0' * 64}", "s3://bucket", f"sha256:{'0' * 64}"),
+        (f"s3://bucket@sha256:{'a' * 64}", "s3://bucket", f"sha256:{'a' * 64}"),
+        ("s3://bucket@1.0.0", "s3://bucket", "1.0.0"),
+        ("mlflow://host/name?pyfunc=true@prod", "mlflow://host/name?pyfunc=true", "prod"),
     ],
 )
 def test_references(url: str, place: str, reference: str) -> None:
     assert parse_url(url) == (place, reference)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("oci://SECRET@registry.example/x/y", "before an '@'"),
+        ("oci://SECRET@registry.example", "before an '@'"),
+        ("mlflow://SECRET@host/x", "before an '@'"),
+        ("hf://SECRET@org", "before an '@'"),
+        ("hf://SECRET@org/name", "before an '@'"),
+        ("gs://SECRET@bucket", "before an '@'"),
+        ("s3://me:SECRET@bucket/x", "before an '@'"),
+        ("s3://me:12/SECRET@bucket/x", "before an '@'"),
+        ("s3://me:SECRET/x@bucket/x", "is no port"),
+        ("s3://me:SECRET?x@bucket/x", "is no port"),
+        ("gs://b/x?sig=SECRET", "has no ? or #"),
+        ("gs://b/x#SECRET", "has no ? or #"),
+        ("mlflow://h/x?token=SECRET", "pyfunc=true"),
+        ("mlflow://h/x?pyfunc=SECRET", "pyfunc=true"),
+        ("hf://org/name?token=SECRET", "private=true"),
+        ("SECRET@host/x", "no registry's URL"),
+        ("file:///a%00SECRET", "a control character"),
+        ("mlflow:///tmp/%00/SECRET", "a control character"),
+    ],
+)
+def test_a_secret_is_not_repeated(url: str, says: str) -> None:
+    for use in (connect, parse_url, check_place):
+        with pytest.raises(RegistryError) as caught:
+            use(url)
+        assert "SECRET" not in one_line(caught, says)

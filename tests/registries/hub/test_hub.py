@@ -154,7 +154,7 @@ def test_nothing_is_there(hub: HubProcess, url: str, tmp_path: Path) -> None:
         ("hf://org/na--me", "no repository can be called so"),
         ("hf://org/name?public=true", "only [?]private=true or [?]private=false"),
         ("hf://org/name?private=perhaps", "only [?]private=true or [?]private=false"),
-        ("hf://hf_secret@org/name", "a URL has no place for a login"),
+        ("hf://hf_secret@org/name", "holds a user's name"),
     ],
 )
 def test_addresses_that_are_none(bad: str, said: str) -> None:
