@@ -8,12 +8,13 @@ A registry's URL names the place of one model. A release's version is its name t
 from __future__ import annotations
 
 import importlib
+import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from compiler.config import SEMVER
 from compiler.errors import RegistryError
@@ -53,7 +54,8 @@ class Registry(Protocol):
     and `list`. Network faults are tried again (`compiler.registries.transfer.retrying`) before they are an error.
 
     One with a true attribute `hashes` hashes every file as it sends it, and publishes nothing when one is not what the
-    manifest says (a ReleaseError); for the others a release's files are hashed before they are sent.
+    manifest says (a ReleaseError); for the others a release's files are hashed before they are sent. One with a method
+    `check_alias(name)` raises RegistryError there for what cannot be an alias in it, before anything is sent.
     """
 
     @property
@@ -83,7 +85,8 @@ class TakenError(RegistryError):
     """The version was published by somebody else meanwhile."""
 
 
-# Which module serves a URL's scheme; every other scheme is for fsspec. A module has `connect(url) -> Registry`.
+# Which module serves a URL's scheme; every other scheme is for fsspec. A module has `connect(url) -> Registry`, and
+# `ready(url)` where its `connect` does not find out all that a push needs, such as a package.
 REGISTRIES = {"file": "filesystem", "oci": "oci", "mlflow": "mlflow", "mlflow+http": "mlflow", "hf": "hub"}
 OTHERS = "objects"
 # What may stand after the '?' of a URL, as true or false.
@@ -97,10 +100,20 @@ def connect(url: str) -> Registry:
     Raises:
         RegistryError: it is no URL, names a scheme that nothing serves, or holds a login.
     """
-    parts = _split(url)
-    module = importlib.import_module(f"{__name__}.{REGISTRIES.get(parts.scheme, OTHERS)}")
-    registry: Registry = module.connect(url.rstrip("/"))
+    registry: Registry = _module(url).connect(url.rstrip("/"))
     return registry
+
+
+def ready(url: str) -> None:
+    """See, without a request, that a release can be published at a URL: all that this needs is installed, and the registry
+    takes releases. Raises RegistryError when not."""
+    connect(url)
+    if (check := getattr(_module(url), "ready", None)) is not None:
+        check(url.rstrip("/"))
+
+
+def _module(url: str) -> Any:
+    return importlib.import_module(f"{__name__}.{REGISTRIES.get(_split(url).scheme, OTHERS)}")
 
 
 def parse(url: str) -> tuple[str, str]:
@@ -136,6 +149,14 @@ def check_place(url: str) -> str:
         if scheme not in known_implementations:
             raise RegistryError(f"{url}: nothing serves {scheme}://; give {SCHEMES}")
     return url
+
+
+def normal(url: str) -> str:
+    """A text that two URLs share when they name one place in two ways; not for use as a URL."""
+    parts = _split(url)
+    if parts.scheme == "file":
+        return "file:///" + posixpath.normpath(unquote(parts.path.removeprefix("localhost"))).lstrip("/")
+    return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"
 
 
 def check_reference(reference: str, url: str) -> None:
