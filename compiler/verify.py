@@ -97,7 +97,7 @@ class _Validation(TypedDict):
 
 
 def read_validation(path: Path) -> dict[str, Any]:
-    """The content of a release's validation.json. Raises ReleaseError when it cannot be read, or is not what a build writes."""
+    """The content of a release's validation.json. Raises ReleaseError when it cannot be read or is another."""
     try:
         validation: dict[str, Any] = json.loads((path / VALIDATION).read_bytes())
     except (OSError, ValueError, RecursionError) as error:

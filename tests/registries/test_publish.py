@@ -241,7 +241,7 @@ class TestVerified:
         manifest = make_release(tmp_path / "one")
         (tmp_path / "one/onnx/model.onnx").write_bytes(b"other")
         monkeypatch.setattr(Folder, "hashes", False)
-        with pytest.raises(ReleaseError, match="onnx/model.onnx is changed"):
+        with pytest.raises(ReleaseError, match=r"onnx/model\.onnx is changed"):
             push(tmp_path / "one", url, verified=manifest)
         assert versions(url) == ()
 
