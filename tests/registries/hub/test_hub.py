@@ -124,6 +124,9 @@ def test_aliases_are_branches_and_move_in_one_call(hub: HubProcess, url: str, tm
 
 def test_a_branch_of_somebody_else_is_no_alias(hub: HubProcess, url: str, tmp_path: Path) -> None:
     make_release(tmp_path / "made")
+    with pytest.raises(RegistryError, match="main is the branch"):
+        push(tmp_path / "made", url, ("main",))
+    assert registries.connect(url).list() == (), "it is told before anything is sent"
     version = push(tmp_path / "made", url).version
     registry = registries.connect(url)
     with pytest.raises(RegistryError, match="main is the branch"):
