@@ -240,10 +240,12 @@ class Pipeline(Strict):
 
     @model_validator(mode="after")
     def _a_place_is_of_one_model(self) -> Self:
+        from compiler import registries
+
         owners: dict[str, str] = {}
         for model in self.models:
             for destination in model.publish:
-                owner = owners.setdefault(destination.url.rstrip("/"), model.name)
+                owner = owners.setdefault(registries.normal(destination.url), model.name)
                 if owner != model.name:
                     raise ValueError(f"{owner} and {model.name} publish to {destination.url}; give each a place of its own")
         return self

@@ -11,7 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compiler.errors import ConfigError
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+
+from compiler.errors import ConfigError, ReleaseError
 from compiler.graphs import Graph, read_graph
 from compiler.manifest import Manifest, differences
 from compiler.types import Artifact
@@ -68,7 +71,23 @@ def diff(before: Path, after: Path) -> dict[str, Any]:
 def _side(path: Path) -> Side:
     manifest, _ = read_release(path)
     verify_files(path, manifest)
+    if manifest.benchmark is not None:
+        try:
+            TypeAdapter(_Benchmark).validate_python(manifest.benchmark, strict=True)
+        except ValidationError as error:
+            raise ReleaseError(f"{path}: its recorded benchmark is not what bench --record writes; record it again") from error
     return Side(path, manifest, read_validation(path))
+
+
+class _Timing(TypedDict):
+    subject: str
+    shape: str
+    p50: float
+    ratio: float
+
+
+class _Benchmark(TypedDict):
+    timings: list[_Timing]
 
 
 def _name(side: Side) -> dict[str, str]:

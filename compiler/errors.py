@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compiler.types import Report
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 class CompileError(Exception):
     """An expected failure: bad input, or a check that was not met."""
+
+    # What a build had released and published before it failed, as its JSON says it.
+    released: Sequence[Mapping[str, Any]] = ()
 
 
 class ConfigError(CompileError):

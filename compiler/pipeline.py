@@ -13,8 +13,8 @@ from compiler.errors import ConfigError, DamagedError
 from compiler.lock import check_lock, read_lock, write_lock
 from compiler.plan import Plan, make_plan
 from compiler.sources import resolve
-from compiler.stages.publish import Published
-from compiler.stages.publish import publish as push
+from compiler.stages.publish import Published, move_aliases
+from compiler.stages.publish import publish as send
 
 
 def build(
@@ -74,23 +74,30 @@ def locked_plans(pipeline: Pipeline, folder: Path, lock: Path, only: Sequence[st
 def publish(
     pipeline: Pipeline, releases: Sequence[Release], context: Context, only: Sequence[str] = ()
 ) -> Iterator[Published]:
-    """Publish what `build` gave, in its order, each model where its `publish:` says. It comes after the last model's gate: a
-    pipeline is one delivery, and when a model of it fails, none of it goes out and no alias moves.
+    """Publish what `build` gave, in its order, each model where its `publish:` says, then move the aliases: each is given once
+    it is sent and again once its aliases are moved. It comes after the last model's gate: a pipeline is one delivery, and when
+    a model of it fails, none of it goes out; when one cannot be published, no alias moves.
 
     Raises:
         RegistryError: a registry cannot be reached, refuses, or has that version with other content; what is published
             until then stays published, and all releases stay on disk.
     """
+    sent = []
     for spec, release in zip(select(pipeline, only), releases, strict=True):
         for place in spec.publish:
-            yield push(release.path, place.url, place.aliases, context.tell, release.manifest, verified=True)
+            done = send(release.path, place.url, place.aliases, context.tell, release.manifest, verified=True)
+            yield done
+            sent.append((done, place.aliases, release.manifest))
+    for done, aliases, manifest in sent:
+        yield move_aliases(done, aliases, context.tell, manifest)
 
 
 def connect(pipeline: Pipeline, only: Sequence[str] = ()) -> None:
-    """See, before a build that takes long, that what publishing needs is installed. Raises RegistryError when it is not."""
+    """See, before a build that takes long, that all places can be published to and that what this needs is installed. Raises
+    RegistryError when not."""
     for spec in select(pipeline, only):
         for place in spec.publish:
-            registries.connect(place.url)
+            registries.ready(place.url)
 
 
 def select(pipeline: Pipeline, only: Sequence[str]) -> list[ModelSpec]:

@@ -19,11 +19,19 @@ SHOWN = {
     "released": "released",
     "published": "published",
     "there": "unchanged",
+    "moved": "moved",
     "failed": "FAILED",
     "stopped": "stopped",
     "waiting": "waiting",
 }
-STYLE = {"failed": "bold red", "released": "green", "published": "green", "run": "green", "waiting": "yellow"}
+STYLE = {
+    "failed": "bold red",
+    "released": "green",
+    "published": "green",
+    "moved": "green",
+    "run": "green",
+    "waiting": "yellow",
+}
 
 
 class Display:

@@ -160,7 +160,8 @@ class Report:
 class Event:
     """What a reader of the progress is told. `state`: a step of a model was `start`ed, `run`, found `cached` or `failed`;
     the build is `waiting` for another; the release is `current` (there and unchanged) or
-    `released`, and in a registry `published` or `there` already."""
+    `released`, and in a registry `published` or `there` already, and its aliases
+    `moved`."""
 
     model: str
     step: str

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypeVar
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
 from compiler import workers
 from compiler.config import SEMVER, Limits, ModelSpec, OnnxTargets, Targets
@@ -55,25 +56,57 @@ def read_release(path: Path) -> tuple[Manifest, tuple[Report, ...]]:
     except OSError as error:
         raise ReleaseError(f"{path / MANIFEST}: cannot be read ({error.strerror}); a release always has one") from error
     manifest = from_bytes(content, str(path / MANIFEST))
-    validation = read_validation(path)
-    try:
-        reports = tuple(
-            Report(entry["format"], entry["precision"], tuple(Check(**check) for check in entry["checks"]))
-            for entry in validation["artifacts"]
-        )
-    except (KeyError, TypeError) as error:
-        raise ReleaseError(f"{path / VALIDATION}: not what a build writes; the release is damaged") from error
-    return manifest, reports
+    checks: dict[tuple[str, str], tuple[Check, ...]] = {}
+    for entry in read_validation(path)["artifacts"]:
+        checks[entry["format"], entry["precision"]] = tuple(Check(**check) for check in entry["checks"])
+    for artifact in manifest.artifacts:
+        if (artifact.format, artifact.precision) not in checks or not artifact.files:
+            raise ReleaseError(
+                f"{path / VALIDATION}: says nothing of {artifact.format} {artifact.precision}, or that has no file; the "
+                "release is damaged, fetch or build it again"
+            )
+    return manifest, tuple(Report(*target, found) for target, found in checks.items())
+
+
+class _Entry(TypedDict):
+    """What validation.json says of an artifact, as `compiler.build` writes it; `metrics` are a user's own."""
+
+    format: str
+    precision: str
+    outputs: NotRequired[dict[str, _Output]]
+    checks: list[_Check]
+    metrics: NotRequired[dict[str, float]]
+
+
+class _Output(TypedDict):
+    figures: dict[str, float]
+
+
+class _Check(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    output: str
+    name: str
+    figure: float
+    limit: float
+    passed: bool
+    worst: str
+
+
+class _Validation(TypedDict):
+    artifacts: list[_Entry]
 
 
 def read_validation(path: Path) -> dict[str, Any]:
-    """The content of a release's validation.json. Raises ReleaseError when it cannot be read."""
+    """The content of a release's validation.json. Raises ReleaseError when it cannot be read or is another."""
     try:
-        validation = json.loads((path / VALIDATION).read_bytes())
-    except (OSError, ValueError) as error:
+        validation: dict[str, Any] = json.loads((path / VALIDATION).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise ReleaseError(f"{path / VALIDATION}: cannot be read; the release is damaged, fetch or build it again") from error
-    if not isinstance(validation, dict):
-        raise ReleaseError(f"{path / VALIDATION}: not what a build writes; the release is damaged")
+    try:
+        TypeAdapter(_Validation).validate_python(validation, strict=True)
+    except ValidationError as error:
+        place = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ReleaseError(f"{path / VALIDATION}: not what a build writes ({place!r}); the release is damaged") from error
     return validation
 
 
@@ -182,7 +215,8 @@ def _outside(path: Path, manifest: Manifest, recording: bool) -> list[str]:
         if not os.path.lexists(path / name):
             problems += [f"{name} is missing"] * (name == SUMS)
         elif not stat.S_ISREG(os.lstat(path / name).st_mode):
-            problems.append(f"{name} is a link, not a file")
+            kind = "a link, not" if os.path.islink(path / name) else "not"
+            problems.append(f"{name} is {kind} a file")
     if problems:
         return problems
     try:

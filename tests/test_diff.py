@@ -16,10 +16,11 @@ from compiler.diff_text import text
 from compiler.errors import ConfigError, ReleaseError
 from compiler.graphs import read_graph
 from compiler.hashing import canonical, hash_file
-from compiler.manifest import VALIDATION, Made, Manifest
+from compiler.manifest import MANIFEST, VALIDATION, Made, Manifest, from_bytes
 from compiler.types import Artifact
+from compiler.verify import read_release
 from tests.conftest import Command, error_line, seal, write_pipeline
-from tests.registries.conftest import make_release
+from tests.registries.conftest import make_release, one_line
 
 BASE = {"config.json": b"{}", "tokenizer.json": b"tokens"}
 
@@ -410,3 +411,63 @@ def test_a_built_bf16_file(built: tuple[Path, Path]) -> None:
     )
     assert truth(openvino.Core().read_model(str(path))) == counted
     assert counted["bf16"] and counted["fp32"]
+
+
+def rewritten(folder: Path, change: Callable[[Any], Any]) -> None:
+    """A release whose validation.json is another, with a manifest and sums that were made to fit."""
+    manifest = from_bytes((folder / MANIFEST).read_bytes(), "")
+    stored = change(json.loads((folder / VALIDATION).read_bytes()))
+    (folder / VALIDATION).write_bytes(stored if isinstance(stored, bytes) else canonical(stored))
+    files = tuple(hash_file(folder, file.path) for file in manifest.files)
+    seal(folder, replace(manifest, files=files, read=None))
+
+
+def entry_with(**keys: Any) -> Callable[[Any], Any]:
+    return lambda stored: {**stored, "artifacts": [{**entry, **keys} for entry in stored["artifacts"]]}
+
+
+CHECK = {"output": "logits", "name": "cosine", "figure": 1.0, "limit": 0.999, "passed": True, "worst": ""}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda stored: b"[" * 100_000, "cannot be read"),
+        (lambda stored: [], "not what a build writes"),
+        (lambda stored: {"artifacts": 1}, "not what a build writes ('artifacts')"),
+        (lambda stored: {**stored, "artifacts": []}, "says nothing of torchscript fp32"),
+        (entry_with(checks=[{**CHECK, "figure": "one"}]), "not what a build writes ('artifacts.0.checks.0.figure')"),
+        (entry_with(checks=[{**CHECK, "more": 1}]), "not what a build writes"),
+        (entry_with(checks={}), "not what a build writes"),
+        (entry_with(outputs={"logits": {}}), "not what a build writes"),
+        (entry_with(outputs={"logits": {"figures": {"cosine": None}}}), "not what a build writes"),
+        (entry_with(metrics={"accuracy": "good"}), "not what a build writes"),
+        (entry_with(format=["onnx"]), "not what a build writes"),
+    ],
+)
+def test_a_hostile_validation_is_one_line(tmp_path: Path, change: Callable[[Any], Any], says: str) -> None:
+    make_release(tmp_path / "sound")
+    make_release(tmp_path / "hostile")
+    rewritten(tmp_path / "hostile", change)
+    with pytest.raises(ReleaseError) as caught:
+        read_release(tmp_path / "hostile")
+    one_line(caught, says)
+    with pytest.raises(ReleaseError):
+        diff(tmp_path / "sound", tmp_path / "hostile")
+
+
+def test_an_artifact_without_a_file(tmp_path: Path) -> None:
+    manifest = make_release(tmp_path / "one")
+    seal(tmp_path / "one", replace(manifest, artifacts=tuple(replace(one, files=()) for one in manifest.artifacts), read=None))
+    with pytest.raises(ReleaseError) as caught:
+        read_release(tmp_path / "one")
+    one_line(caught, "that has no file")
+
+
+@pytest.mark.parametrize("benchmark", [{}, {"timings": 1}, {"timings": [{"subject": "eager fp32", "shape": "1x1"}]}])
+def test_a_hostile_benchmark_is_one_line(tmp_path: Path, benchmark: dict[str, Any]) -> None:
+    manifest = make_release(tmp_path / "one")
+    seal(tmp_path / "one", replace(manifest, benchmark=benchmark))
+    with pytest.raises(ReleaseError) as caught:
+        diff(tmp_path / "one", tmp_path / "one")
+    one_line(caught, "record it again")

@@ -34,6 +34,8 @@ def published_json(published: Published) -> dict[str, Any]:
         "made": published.made,
         "aliases": version.aliases,
         "moved": published.moved,
+        "signed": published.signed,
+        **({"signature_sent": False} if published.unsent else {}),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import click
 
 from compiler.cli.options import cache_option, json_option, locked_option, open_store
 from compiler.cli.output import print_json, published_json, report_json, table, verdicts
-from compiler.errors import NumericsError
+from compiler.errors import CompileError, NumericsError
 
 if TYPE_CHECKING:
     from compiler.build import Release
@@ -68,23 +68,24 @@ def build(
             jobs=jobs,
         )
         releases = []
-        published = []
+        published: dict[tuple[Path, str], Published] = {}
         try:
             for release in run(parsed, context, lock_path(pipeline), only, locked=locked):
                 releases.append(release)
             if not no_publish:
                 for done in run_publish(parsed, releases, context, only):
-                    published.append(done)
-        except NumericsError as error:
-            if error.reports and not as_json:
+                    published[done.path, done.url] = done
+        except CompileError as error:
+            if isinstance(error, NumericsError) and error.reports and not as_json:
                 display.console.print(verdicts(error.reports))
+            error.released = [_release_json(release, published.values()) for release in releases]
             raise
         finally:
             if not as_json:
                 for release in releases:  # also what was released before something failed
                     table(release.manifest, release.reports, release.path)
     if as_json:
-        print_json([_release_json(release, published) for release in releases])
+        print_json([_release_json(release, published.values()) for release in releases])
 
 
 @click.command(short_help="List the steps, run or cached, and why.")
@@ -171,7 +172,7 @@ def _expect_file(pipeline: Path) -> None:
         raise click.UsageError(f"no such command or file: {pipeline}; did you mean {close[0]!r}?")
 
 
-def _release_json(release: Release, published: Sequence[Published]) -> dict[str, Any]:
+def _release_json(release: Release, published: Iterable[Published]) -> dict[str, Any]:
     mine = [done for done in published if done.path == release.path]
     return {
         "name": release.manifest.name,

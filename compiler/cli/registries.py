@@ -19,20 +19,19 @@ from compiler.cli.output import lines, print_json, published_json
 def push(release: Path, url: str, aliases: tuple[str, ...], as_json: bool) -> None:
     """Publish RELEASE at URL (file://, s3://, oci://, mlflow:// or hf://) under its version, which never changes there."""
     from compiler.progress import Display
-    from compiler.stages.publish import publish
-    from compiler.verify import is_signed, read_release
+    from compiler.stages.publish import UNSENT, move_aliases, publish
+    from compiler.verify import read_release
 
     manifest, _ = read_release(release)
     with Display() as display:
         published = publish(release, url, aliases, display.tell, manifest)
+        published = move_aliases(published, aliases, display.tell, manifest)
     if as_json:
         print_json(published_json(published))
         return
     version = published.version
-    what = "published" if published.made else "is there already, the same; nothing was sent"
-    if not published.made and is_signed(release):
-        # Whether the published one has this signature is not known without fetching it.
-        what += ", not even a signature made since: sign before you push"
+    there = UNSENT if published.unsent else "nothing was sent"
+    what = "published" if published.made else f"is there already, the same; {there}"
     moved = f"; {', '.join(published.moved)} moved to it" if published.moved else ""
     click.echo(f"{manifest.name} {version.release}  {url}@{version.release}  {what}{moved}")
     click.echo(f"sha256:{version.digest}")
@@ -45,9 +44,11 @@ def push(release: Path, url: str, aliases: tuple[str, ...], as_json: bool) -> No
 def pull(url: str, folder: Path, as_json: bool) -> None:
     """Fetch the release that REF names (a version, an alias or sha256:DIGEST; `latest` when left out) into DIR, which appears
     whole and verified."""
+    from compiler import registries
     from compiler.progress import status
     from compiler.stages.publish import pull as run
 
+    registries.parse(url)  # before it is shown: one that holds a login is refused, and not repeated
     with status() as tell:
         tell(f"fetching {url}")
         manifest, made = run(url, folder)

@@ -8,12 +8,13 @@ A registry's URL names the place of one model. A release's version is its name t
 from __future__ import annotations
 
 import importlib
+import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from compiler.config import SEMVER
 from compiler.errors import RegistryError
@@ -53,7 +54,8 @@ class Registry(Protocol):
     and `list`. Network faults are tried again (`compiler.registries.transfer.retrying`) before they are an error.
 
     One with a true attribute `hashes` hashes every file as it sends it, and publishes nothing when one is not what the
-    manifest says (a ReleaseError); for the others a release's files are hashed before they are sent.
+    manifest says (a ReleaseError); for the others a release's files are hashed before they are sent. One with a method
+    `check_alias(name)` raises RegistryError there for what cannot be an alias in it, before anything is sent.
     """
 
     @property
@@ -83,9 +85,12 @@ class TakenError(RegistryError):
     """The version was published by somebody else meanwhile."""
 
 
-# Which module serves a URL's scheme; every other scheme is for fsspec. A module has `connect(url) -> Registry`.
+# Which module serves a URL's scheme; every other scheme is for fsspec. A module has `connect(url) -> Registry`, and
+# `ready(url)` where its `connect` does not find out all that a push needs, such as a package.
 REGISTRIES = {"file": "filesystem", "oci": "oci", "mlflow": "mlflow", "mlflow+http": "mlflow", "hf": "hub"}
 OTHERS = "objects"
+# What may stand after the '?' of a URL, as true or false.
+OPTIONS = {"mlflow": "pyfunc", "mlflow+http": "pyfunc", "hf": "private"}
 SCHEMES = "file://, s3://, oci://, mlflow:// or hf://"
 
 
@@ -93,12 +98,22 @@ def connect(url: str) -> Registry:
     """The registry that serves a URL without a reference.
 
     Raises:
-        RegistryError: it is no URL, names a scheme that nothing serves, or holds a password.
+        RegistryError: it is no URL, names a scheme that nothing serves, or holds a login.
     """
-    parts = _split(url)
-    module = importlib.import_module(f"{__name__}.{REGISTRIES.get(parts.scheme, OTHERS)}")
-    registry: Registry = module.connect(url.rstrip("/"))
+    registry: Registry = _module(url).connect(url.rstrip("/"))
     return registry
+
+
+def ready(url: str) -> None:
+    """See, without a request, that a release can be published at a URL: all that this needs is installed, and the registry
+    takes releases. Raises RegistryError when not."""
+    connect(url)
+    if (check := getattr(_module(url), "ready", None)) is not None:
+        check(url.rstrip("/"))
+
+
+def _module(url: str) -> Any:
+    return importlib.import_module(f"{__name__}.{REGISTRIES.get(_split(url).scheme, OTHERS)}")
 
 
 def parse(url: str) -> tuple[str, str]:
@@ -134,6 +149,14 @@ def check_place(url: str) -> str:
         if scheme not in known_implementations:
             raise RegistryError(f"{url}: nothing serves {scheme}://; give {SCHEMES}")
     return url
+
+
+def normal(url: str) -> str:
+    """A text that two URLs share when they name one place in two ways; not for use as a URL."""
+    parts = _split(url)
+    if parts.scheme == "file":
+        return "file:///" + posixpath.normpath(unquote(parts.path.removeprefix("localhost"))).lstrip("/")
+    return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"
 
 
 def check_reference(reference: str, url: str) -> None:
@@ -183,18 +206,32 @@ def precedence(release: str) -> tuple[Any, ...]:
 
 
 def _split(url: str) -> SplitResult:
+    """The parts of a URL that may be shown: one with a login, or with what may be one, is refused and not repeated."""
+    scheme, found, rest = url.partition("://")
+    if not found or not re.fullmatch("[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        raise RegistryError(f"{'…' if re.search('[@?#]', url) else url}: no registry's URL; give {SCHEMES}")
+    hidden = f"{scheme}://…"
+    if re.search(r"[\x00-\x1f\x7f]|%[01][0-9a-f]|%7f", rest, re.IGNORECASE):
+        raise RegistryError(f"{hidden}: holds a control character; leave it out")
+    if scheme == "file":
+        return SplitResult(scheme, "", rest, "", "")
+    if scheme not in REGISTRIES and (whole := re.fullmatch(rf"([^/?#@:]+)@(?:{SEMVER}|{DIGEST.pattern})", rest)):
+        return urlsplit(f"{scheme}://{whole[1]}")  # a bucket and a reference
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        # What stands where the port does may be a password with a slash in it: it is not repeated.
-        raise RegistryError(
-            f"{url.partition('://')[0]}://…: no registry's URL: what follows the host's ':' is no port"
-        ) from None
+        # What stands where the port does may be a password with a slash in it.
+        raise RegistryError(f"{hidden}: no registry's URL: what follows the host's ':' is no port") from None
     del port
-    if not parts.scheme or "://" not in url:
-        raise RegistryError(f"{url}: no registry's URL; give {SCHEMES}")
-    if parts.password:
-        shown = url.replace(f":{parts.password}@", ":…@")
-        raise RegistryError(f"{shown}: holds a password; leave it out, each registry's own variables or login file have it")
+    if "@" in parts.netloc or re.search("@.*/", rest):
+        raise RegistryError(
+            f"{hidden}: holds a user's name or a password before an '@'; leave it out, each registry's own variables or login "
+            "file have it (and an alias follows the path)"
+        )
+    option = OPTIONS.get(parts.scheme)
+    if parts.query and option and not re.fullmatch(rf"{option}=(true|false)(@[^@?#]*)?", parts.query):
+        raise RegistryError(f"{hidden}: the only option after '?' is {option}=true or {option}=false")
+    if (parts.query and not option) or parts.fragment:
+        raise RegistryError(f"{hidden}: a registry's URL has no ? or #; leave it out")
     return parts

@@ -131,9 +131,13 @@ class Hub:
             reason = str(error).removeprefix(f"{client.url}: ")
             raise RegistryError(f"{self.url}: {release} is published, but {MAIN} does not show it yet: {reason}") from error
 
-    def alias(self, name: str, version: Version) -> None:
+    def check_alias(self, name: str) -> None:
+        """Raises RegistryError for the one name that can be no alias here."""
         if name == MAIN:
             raise RegistryError(f"{self.url}: {MAIN} is the branch that the hub shows, and no alias; take another name")
+
+    def alias(self, name: str, version: Version) -> None:
+        self.check_alias(name)
         refs = self.client.refs()
         if refs is None or version.release not in refs.versions:
             raise RegistryError(f"{self.url}: has no {version.release} any more; push it again")

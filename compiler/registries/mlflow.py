@@ -35,6 +35,7 @@ from compiler.registries.mlflow_transport import (
     client,
     exists,
     gave_up,
+    imported,
 )
 from compiler.registries.transfer import SMALL_BYTES, FaultError, key_of, receive, retrying
 from compiler.store import locked
@@ -75,6 +76,11 @@ def connect(url: str) -> Registry:
         return Model(url, name, f"sqlite:///{folder / DATABASE}", folder, pyfunc == ["true"])
     plain = parts.scheme == "mlflow+http" or parts.hostname in LOOPBACK
     return Model(url, name, f"{'http' if plain else 'https'}://{parts.netloc}{place}", None, pyfunc == ["true"])
+
+
+def ready(url: str) -> None:
+    """Raises RegistryError when the client, or what it needs for a folder, is not installed. Nothing is contacted."""
+    imported(url, folder=not urlsplit(url).netloc)
 
 
 @dataclass(frozen=True)

@@ -82,26 +82,32 @@ class Artifacts(Protocol):
         """Open an artifact. Raises MissingError when there is none."""
 
 
-def client(tracking: str, url: str) -> Any:
-    """MLflow's client, quiet, phoning nobody, and without its own retries.
-
-    Raises:
-        RegistryError: it is not installed, or cannot open its database.
-    """
+def imported(url: str, *, folder: bool) -> Any:
+    """MLflow's client class, quiet, and phoning nobody. Raises RegistryError when it is not installed."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.update(FIXED)
     try:
         from mlflow import MlflowClient
 
-        if tracking.startswith("sqlite:"):
+        if folder:
             import alembic  # noqa: F401
             import sqlalchemy  # noqa: F401
     except ImportError as error:
         raise RegistryError(f"{url}: needs {error.name}: pip install 'aot-model-compiler[mlflow]'") from error
+    return MlflowClient
+
+
+def client(tracking: str, url: str) -> Any:
+    """MLflow's client, without its own retries.
+
+    Raises:
+        RegistryError: it is not installed, or cannot open its database.
+    """
+    made = imported(url, folder=tracking.startswith("sqlite:"))
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return call(lambda: MlflowClient(tracking_uri=tracking, registry_uri=tracking), url)
+    return call(lambda: made(tracking_uri=tracking, registry_uri=tracking), url)
 
 
 def call(work: Callable[[], T], url: str) -> T:

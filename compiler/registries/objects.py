@@ -108,6 +108,13 @@ def connect(url: str) -> Registry:
     return Objects(url, scheme, filesystem, root)
 
 
+def ready(url: str) -> None:
+    """Raises RegistryError when two pushes to a URL could both succeed."""
+    scheme = urlsplit(url).scheme
+    if scheme not in CREATES:
+        raise RegistryError(f"{url}: {scheme}:// cannot be kept from replacing a published version; push to {SCHEMES}")
+
+
 @dataclass(frozen=True)
 class Objects:
     """See `compiler.registries.Registry`. `root` is what fsspec calls the place, without the scheme."""
@@ -138,10 +145,7 @@ class Objects:
         return version
 
     def push(self, parcel: Parcel) -> None:
-        if self.scheme not in CREATES:
-            raise RegistryError(
-                f"{self.url}: {self.scheme}:// cannot be kept from replacing a published version; push to {SCHEMES}"
-            )
+        ready(self.url)
         key, release = key_of(parcel), parcel.manifest.release
         # The largest first, so that no thread is left with it alone at the end.
         files = sorted(parcel.files, key=lambda file: -file.size)

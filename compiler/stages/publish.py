@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compiler import registries
 from compiler.errors import CompileError, RegistryError, ReleaseError
 from compiler.hashing import hash_file, sync_folder
-from compiler.manifest import MANIFEST, OUTSIDE, Manifest, from_bytes
-from compiler.registries import Parcel, Registry, TakenError, Version
+from compiler.manifest import MANIFEST, OUTSIDE, SIGNATURE, SUMS, Manifest, from_bytes, sums
+from compiler.registries import LATEST, Parcel, Registry, TakenError, Version, precedence
 from compiler.store import scratch, writing
 from compiler.types import Event
 from compiler.verify import read_release, verify_files, verify_sums
@@ -21,13 +23,24 @@ from compiler.verify import read_release, verify_files, verify_sums
 
 @dataclass(frozen=True)
 class Published:
-    """What a push came to: the release, the place, the version, whether this push sent it, and the aliases that it moved."""
+    """What a push came to: the release, the place, the version, whether this push sent it, the aliases that it moved, and
+    whether the release on disk is signed."""
 
     path: Path
     url: str
     version: Version
     made: bool
     moved: tuple[str, ...]
+    signed: bool
+
+    @property
+    def unsent(self) -> bool:
+        """Whether a signature was not sent: the version was there, and takes nothing new. Whether the published one has that
+        very signature is not known without fetching it."""
+        return self.signed and not self.made
+
+
+UNSENT = "nothing was sent, not even a signature made since: sign before you push"
 
 
 def push(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifest | None = None) -> Published:
@@ -38,21 +51,32 @@ def push(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifes
 
     Raises:
         ReleaseError: the release is damaged.
-        RegistryError: that version is published with another content, or the registry cannot be reached or refuses.
+        RegistryError: that version is published with another content, `latest` names a newer one, or the registry cannot be
+            reached or refuses.
     """
-    for name in aliases:
-        registries.check_alias(name)
+    return move(send(path, url, aliases, verified=verified), aliases)
+
+
+def send(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifest | None = None) -> Published:
+    """The first half of `push`: nothing is sent when one of the aliases could not be moved afterwards."""
     registry = registries.connect(registries.check_place(url))
     manifest = verified if verified is not None else read_release(path)[0]
-    content = (path / MANIFEST).read_bytes()
+    content = _read(path / MANIFEST)
     if from_bytes(content, str(path / MANIFEST)).identity != manifest.identity:
         raise RegistryError(f"{path}: changed while it was pushed; push it again")
-    outside = tuple(hash_file(path, name) for name in OUTSIDE if os.path.lexists(path / name))
-    made = False
+    _check_aliases(registry, aliases, manifest.release)
     version = _same(registry, manifest)
-    if verified is None:
-        # Each file is hashed once: here or, by a registry that does so, while it is sent.
-        verify_files(path, manifest, hashing=version is not None or not getattr(registry, "hashes", False))
+    # Each file is hashed once: in this process before, here, or by a registry that does so while it is sent.
+    hashes = getattr(registry, "hashes", False)
+    verify_files(path, manifest, hashing=verified is None if version is not None else not hashes)
+    try:
+        outside = tuple(hash_file(path, name) for name in OUTSIDE if os.path.lexists(path / name))
+    except OSError as error:
+        raise ReleaseError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    # What is sent as the manifest is what was read above: the sums must be of that, whatever is on disk by now.
+    if next(file.sha256 for file in outside if file.path == SUMS) != hashlib.sha256(sums(manifest, content)).hexdigest():
+        raise RegistryError(f"{path}: changed while it was pushed; push it again")
+    made = False
     if version is None:
         try:
             registry.push(Parcel(path, manifest, content, (*manifest.every_file, *outside)))
@@ -61,10 +85,44 @@ def push(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifes
             pass
         if (version := _same(registry, manifest)) is None:
             raise RegistryError(f"{url}: {manifest.release} does not resolve after it was pushed; push it again")
+    return Published(path, url, version, made, (), any(file.path == SIGNATURE for file in outside))
+
+
+def move(published: Published, aliases: Sequence[str]) -> Published:
+    """The second half of `push`: move aliases to what `send` gave. Raises RegistryError as `push` does."""
+    version = published.version
     moved = tuple(dict.fromkeys(name for name in aliases if name not in version.aliases))
-    for name in moved:
-        registry.alias(name, version)
-    return Published(path, url, replace(version, aliases=tuple(sorted({*version.aliases, *moved}))), made, moved)
+    if moved:
+        registry = registries.connect(published.url)
+        _check_aliases(registry, moved, version.release)
+        for name in moved:
+            registry.alias(name, version)
+        version = replace(version, aliases=tuple(sorted({*version.aliases, *moved})))
+    return replace(published, version=version, moved=moved)
+
+
+def _check_aliases(registry: Registry, aliases: Sequence[str], release: str) -> None:
+    """Raises RegistryError when an alias cannot be one here, or `latest` would go back to a version that is not."""
+    for name in aliases:
+        registries.check_alias(name)
+        if (check := getattr(registry, "check_alias", None)) is not None:
+            check(name)
+    if (
+        LATEST in aliases
+        and (named := registry.resolve(LATEST)) is not None
+        and precedence(named.release) > precedence(release)
+    ):
+        raise RegistryError(
+            f"{registry.url}: {LATEST} names {named.release}, which is newer than {release}; leave {LATEST} out, or, to go "
+            f"back, move it yourself: compile alias"
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ReleaseError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def alias(url: str, name: str) -> tuple[Version, bool]:
@@ -102,19 +160,34 @@ def publish(
     *,
     verified: bool = False,
 ) -> Published:
-    """As `push`, telling of it. `manifest` is the release's, `verified` whether all of it was hashed in this process."""
+    """As `send`, telling of it. `manifest` is the release's, `verified` whether all of it was hashed in this process."""
     # Before the URL is shown to anybody: one that holds a password is refused, and not repeated.
     registries.check_place(url)
-    model, step, started = f"{manifest.name} {manifest.release}", f"publish {url}", time.monotonic()
+    with _told(f"publish {url}", manifest, tell) as end:
+        published = send(path, url, aliases, verified=manifest if verified else None)
+        end("published" if published.made else "there", UNSENT if published.unsent else "")
+    return published
+
+
+def move_aliases(published: Published, aliases: Sequence[str], tell: Callable[[Event], None], manifest: Manifest) -> Published:
+    """As `move`, telling of it when there is something to move."""
+    if set(aliases) <= set(published.version.aliases):
+        return published
+    with _told(f"alias {published.url}", manifest, tell) as end:
+        published = move(published, aliases)
+        end("moved", ", ".join(published.moved))
+    return published
+
+
+@contextlib.contextmanager
+def _told(step: str, manifest: Manifest, tell: Callable[[Event], None]) -> Iterator[Callable[[str, str], None]]:
+    model, started = f"{manifest.name} {manifest.release}", time.monotonic()
     tell(Event(model, step, "start"))
     try:
-        published = push(path, url, aliases, verified=manifest if verified else None)
+        yield lambda state, detail: tell(Event(model, step, state, time.monotonic() - started, detail))
     except CompileError:
         tell(Event(model, step, "failed", time.monotonic() - started))
         raise
-    state = "published" if published.made else "there"
-    tell(Event(model, step, state, time.monotonic() - started, ", ".join(published.moved)))
-    return published
 
 
 def _same(registry: Registry, manifest: Manifest) -> Version | None:
@@ -123,7 +196,7 @@ def _same(registry: Registry, manifest: Manifest) -> Version | None:
     if version is not None and version.digest != manifest.identity:
         raise RegistryError(
             f"{registry.url}: {manifest.release} is published already, with other content ({version.digest[:12]}…, this is "
-            f"{manifest.identity[:12]}…); a published version never changes: set another release:"
+            f"{manifest.identity[:12]}…); a published version never changes: raise release: in pipeline.yaml"
         )
     return version
 

@@ -82,7 +82,7 @@ class TestPushAndPull:
         before = (root / "1.0.0" / MANIFEST).read_bytes()
         with pytest.raises(RegistryError) as caught:
             push(tmp_path / "other", url, ["prod"])
-        one_line(caught, "1.0.0 is published already, with other content", "set another release:")
+        one_line(caught, "1.0.0 is published already, with other content", "raise release: in pipeline.yaml")
         assert (root / "1.0.0" / MANIFEST).read_bytes() == before
         assert versions(url)[0].aliases == ("latest",)
 

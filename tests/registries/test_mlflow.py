@@ -231,8 +231,8 @@ def test_other_content_is_refused(place: str, release: Path, tmp_path: Path) -> 
         ("mlflow:///tiny", "names no model"),
         ("mlflow://127.0.0.1:5000/na'me", "names no model"),
         ("mlflow://127.0.0.1:5000/name?flavor=pyfunc", "only option"),
-        ("mlflow://me@127.0.0.1:5000/name", "MLFLOW_TRACKING_USERNAME"),
-        ("mlflow://me:secret@127.0.0.1:5000/name", "holds a password"),
+        ("mlflow://me@127.0.0.1:5000/name", "holds a user's name"),
+        ("mlflow://me:secret@127.0.0.1:5000/name", "or a password"),
     ],
 )
 def test_wrong_url(url: str, says: str) -> None:

@@ -108,9 +108,9 @@ class TestPushAndPull:
         assert versions(url) == ()
         for name in ("1.10.0", "1.9.0", "1.9.0-rc.1"):
             make_release(tmp_path / name, release=name)
-            push(tmp_path / name, url, ["latest"])
+            push(tmp_path / name, url, ["first"])
         assert [(version.release, version.aliases) for version in versions(url)] == [
-            ("1.9.0-rc.1", ("latest",)),
+            ("1.9.0-rc.1", ("first",)),
             ("1.9.0", ()),
             ("1.10.0", ()),
         ]

@@ -13,13 +13,15 @@ import pytest
 import yaml
 
 from compiler.config import parse
-from compiler.errors import ConfigError
-from compiler.manifest import SIGNATURE
+from compiler.errors import ConfigError, RegistryError, ReleaseError
+from compiler.manifest import SIGNATURE, SUMS
+from compiler.registries import check_place, connect, ready
 from compiler.registries import parse as parse_url
-from compiler.stages.publish import pull, push, versions
-from compiler.verify import is_signed, read_release
+from compiler.registries.filesystem import Folder
+from compiler.stages.publish import UNSENT, move, pull, push, send, versions
+from compiler.verify import is_signed, read_release, verify_files
 from tests.conftest import Command, error_line, write_pipeline
-from tests.registries.conftest import FILES, make_release
+from tests.registries.conftest import FILES, make_release, one_line
 from tests.test_plan import changed, planned
 
 
@@ -51,11 +53,13 @@ class TestBuild:
                 "made": True,
                 "aliases": ["latest", "prod"],
                 "moved": ["latest", "prod"],
+                "signed": False,
             }
         ]
         steps = [line.split("  ")[1].strip() for line in first.stderr.splitlines()]
-        assert steps[-2:] == ["package", step] or steps[-1].startswith(step), first.stderr
-        assert re.search(rf"{step} +published .* latest, prod", first.stderr)
+        assert [text.split()[0] for text in steps[-3:]] == ["package", "publish", "alias"], first.stderr
+        assert re.search(rf"{step} +published", first.stderr)
+        assert re.search(rf"alias {url} +moved .* latest, prod", first.stderr)
         assert command("verify", tmp_path / "registry/1.0.0").returncode == 0
         # The same again sends nothing, and says so.
         again = command(pipeline)
@@ -96,20 +100,37 @@ class TestBuild:
     def test_a_registry_that_fails(self, command: Command, tmp_path: Path, bert: Path, url: str) -> None:
         """Exit 1; the release stays on disk, what was published before stays published, and the next build goes on."""
         (tmp_path / "file").touch()
-        pipeline = write_pipeline(tmp_path, bert, publish=[url, f"file://{tmp_path}/file"])
+        places = [{"url": url, "aliases": ["latest"]}, f"file://{tmp_path}/file"]
+        pipeline = write_pipeline(tmp_path, bert, publish=places)
         result = command(pipeline)
         assert f"file://{tmp_path}/file" in error_line(result)
         assert re.search(rf"publish file://{tmp_path}/file +FAILED", result.stderr)
         assert "passed" in result.stdout
-        assert len(versions(url)) == 1
+        assert [version.aliases for version in versions(url)] == [()]  # none moves before all is published
+        answer = json.loads(command(pipeline, "--json").stdout)
+        assert f"file://{tmp_path}/file" in answer["error"]
+        assert [(one["release"], [done["url"] for done in one["published"]]) for one in answer["releases"]] == [
+            ("1.0.0", [url])
+        ]
         (tmp_path / "file").unlink()
         assert command(pipeline).returncode == 0
         assert len(versions(f"file://{tmp_path}/file")) == 1
+        assert [version.aliases for version in versions(url)] == [("latest",)]
+
+    def test_a_signature_made_after_it(self, command: Command, tmp_path: Path, bert: Path, url: str) -> None:
+        pipeline = write_pipeline(tmp_path, bert, publish=[url])
+        assert command(pipeline).returncode == 0
+        (tmp_path / "artifacts/tiny/1.0.0" / SIGNATURE).write_text("signature")
+        late = command(pipeline, "--json")
+        assert late.returncode == 0, late.stderr
+        (done,) = json.loads(late.stdout)[0]["published"]
+        assert (done["made"], done["signed"], done["signature_sent"]) == (False, True, False)
+        assert re.search(rf"publish {url} +unchanged .* {UNSENT}", late.stderr)
 
     def test_what_is_missing_is_told_before_the_build(self, command: Command, tmp_path: Path, bert: Path) -> None:
-        pipeline = write_pipeline(tmp_path, bert, publish=["s3:///nothing"])
-        result = command(pipeline)
-        assert "names no bucket" in error_line(result)
+        for place, says in (("s3:///nothing", "names no bucket"), ("local://folder/tiny", "cannot be kept from replacing")):
+            pipeline = write_pipeline(tmp_path, bert, publish=[place])
+            assert says in error_line(command(pipeline))
         assert not (tmp_path / "artifacts").exists()
         assert command(pipeline, "--no-publish").returncode == 0
 
@@ -144,7 +165,7 @@ class TestConfig:
         [
             ("file:///srv", "srv", 8, "no registry's URL"),
             ("file:///srv", "foo:///srv", 8, "nothing serves foo://"),
-            ("s3://bucket/tiny", "s3://key:secret@bucket/tiny", 9, "holds a password"),
+            ("s3://bucket/tiny", "s3://key:secret@bucket/tiny", 9, "a password before an '@'"),
             ("s3://bucket/tiny", "s3://key:sec/ret@bucket/tiny", 9, "is no port"),
             ("s3://bucket/tiny", "s3://bucket/tiny@1.0.0", 9, "leave out what follows the '@'"),
             ("[latest, prod]", "[latest, 1.0.0]", 9, "alias '1.0.0'"),
@@ -164,6 +185,22 @@ class TestConfig:
         assert says in message
         assert not re.search("sec/?ret", message)
 
+    @pytest.mark.parametrize(
+        ("one", "two"),
+        [
+            ("file:///srv/m", "file://localhost/srv//m/"),
+            ("oci://Host.example/m", "oci://host.EXAMPLE/m"),
+            ("mlflow://host/m", "mlflow://host/m?pyfunc=true"),
+            ("hf://org/m/", "hf://org/m?private=false"),
+        ],
+    )
+    def test_one_place_in_two_spellings(self, one: str, two: str) -> None:
+        model: dict[str, Any] = yaml.safe_load(TEXT)["models"][0]
+        models = [{**model, "publish": [one]}, {**model, "name": "other", "publish": [two]}]
+        with pytest.raises(ConfigError, match="give each a place of its own"):
+            parse(yaml.safe_dump({"schema": 1, "models": models}), "p.yaml")
+        parse(yaml.safe_dump({"schema": 1, "models": [models[0], {**models[1], "publish": ["file:///srv/M"]}]}), "p.yaml")
+
     def test_one_place_for_two_models(self) -> None:
         model: dict[str, Any] = yaml.safe_load(TEXT)["models"][0]
         document = {"schema": 1, "models": [model, {**model, "name": "other"}]}
@@ -171,6 +208,66 @@ class TestConfig:
             parse(yaml.safe_dump(document), "p.yaml")
         assert "tiny and other publish to file:///srv/models/tiny; give each a place of its own" in str(caught.value)
         parse(yaml.safe_dump({**document, "models": [model, {**model, "release": "1.1.0"}]}), "p.yaml")
+
+
+class TestVerified:
+    """A release that was hashed in this process is sent without hashing it all again; what is free to check is checked."""
+
+    def test_sums_that_are_not_the_manifests(self, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        manifest = make_release(tmp_path / "one")
+        sums = tmp_path / "one" / SUMS
+        content = sums.read_bytes()
+        sums.write_bytes(b"other\n")
+        with pytest.raises(ReleaseError, match=f"{SUMS} is changed"):
+            push(tmp_path / "one", url, verified=manifest)
+        sums.write_bytes(content)
+
+        def meanwhile(*arguments: Any, **options: Any) -> None:
+            verify_files(*arguments, **options)
+            sums.write_bytes(b"other\n")
+
+        monkeypatch.setattr("compiler.stages.publish.verify_files", meanwhile)
+        with pytest.raises(RegistryError, match="changed while it was pushed"):
+            push(tmp_path / "one", url, verified=manifest)
+        assert versions(url) == ()
+
+    def test_a_file_too_many(self, tmp_path: Path, url: str) -> None:
+        manifest = make_release(tmp_path / "one")
+        (tmp_path / "one/more").touch()
+        with pytest.raises(ReleaseError, match="more is not in the manifest"):
+            push(tmp_path / "one", url, verified=manifest)
+
+    def test_a_registry_that_does_not_hash(self, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        manifest = make_release(tmp_path / "one")
+        (tmp_path / "one/onnx/model.onnx").write_bytes(b"other")
+        monkeypatch.setattr(Folder, "hashes", False)
+        with pytest.raises(ReleaseError, match=r"onnx/model\.onnx is changed"):
+            push(tmp_path / "one", url, verified=manifest)
+        assert versions(url) == ()
+
+
+def test_an_alias_that_the_registry_does_not_take(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told before anything is sent."""
+
+    def refuse(self: Folder, name: str) -> None:
+        raise RegistryError(f"{self.url}: {name} is no alias here")
+
+    monkeypatch.setattr(Folder, "check_alias", refuse, raising=False)
+    make_release(tmp_path / "one")
+    with pytest.raises(RegistryError, match="main is no alias here"):
+        push(tmp_path / "one", url, ("main",))
+    assert versions(url) == ()
+
+
+def test_ready_needs_what_a_push_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready("mlflow://host/name")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(RegistryError) as caught:
+        ready("mlflow://host/name")
+    one_line(caught, "needs mlflow: pip install")
+    with pytest.raises(RegistryError) as caught:
+        ready("local://folder/name")
+    one_line(caught, "local:// cannot be kept from replacing")
 
 
 class TestCommands:
@@ -185,6 +282,30 @@ class TestCommands:
         assert late.stdout.splitlines()[0].endswith(says)
         pull(f"{url}@prod", tmp_path / "back")
         assert not is_signed(tmp_path / "back")
+
+    def test_latest_does_not_go_back(self, command: Command, tmp_path: Path, url: str) -> None:
+        """Neither by a push nor by publish:, and nothing is sent then; `compile alias` moves it where it is told to."""
+        make_release(tmp_path / "new", release="1.10.0")
+        make_release(tmp_path / "old", release="1.9.0")
+        push(tmp_path / "new", url, ("latest",))
+        line = error_line(command("push", "old", url, "--alias", "latest"))
+        assert "latest names 1.10.0, which is newer than 1.9.0" in line
+        assert [version.release for version in versions(url)] == ["1.10.0"]
+        sent = send(tmp_path / "old", url)
+        with pytest.raises(RegistryError, match="is newer than"):  # pushed by somebody between the two
+            move(sent, ("prod", "latest"))
+        assert [version.aliases for version in versions(url)] == [(), ("latest",)]
+        push(tmp_path / "old", url, ("prod",))
+        assert command("alias", f"{url}@1.9.0", "latest").returncode == 0
+        assert [version.aliases for version in versions(url)] == [("latest", "prod"), ()]
+
+    @pytest.mark.parametrize("damage", ["folder", "link"])
+    def test_a_signature_that_is_no_file(self, command: Command, tmp_path: Path, url: str, damage: str) -> None:
+        make_release(tmp_path / "one")
+        signature = tmp_path / "one" / SIGNATURE
+        signature.mkdir() if damage == "folder" else signature.symlink_to("nowhere")
+        assert f"{SIGNATURE} is " in error_line(command("push", "one", url))
+        assert versions(url) == ()
 
     def test_a_signature_that_is_pushed(self, command: Command, tmp_path: Path, url: str) -> None:
         make_release(tmp_path / "one")
@@ -225,7 +346,7 @@ class TestCommands:
             (["push", "one", "{url}@latest"], "leave out what follows the '@'"),
             (["push", "one", "{url}", "--alias", "2.0.0"], "alias '2.0.0'"),
             (["push", "one", "nowhere"], "no registry's URL"),
-            (["push", "one", "s3://key:secret@bucket/x"], "holds a password"),
+            (["push", "one", "s3://key:secret@bucket/x"], "a password before an '@'"),
             (["push", "one", "s3://key:sec/ret@bucket/x"], "is no port"),
             (["pull", "{url}@3.0.0", "out"], "has no 3.0.0; it has 1.0.0"),
             (["pull", "{url}@-", "out"], "is no version (1.0.0), alias (prod) or digest"),
@@ -278,7 +399,40 @@ class TestCommands:
         ("file:///a@b/c@prod", "file:///a@b/c", "prod"),
         ("oci://host:5000/a/b@prod", "oci://host:5000/a/b", "prod"),
         (f"s3://bucket@sha256:{'0' * 64}", "s3://bucket", f"sha256:{'0' * 64}"),
+        (f"s3://bucket@sha256:{'a' * 64}", "s3://bucket", f"sha256:{'a' * 64}"),
+        ("s3://bucket@1.0.0", "s3://bucket", "1.0.0"),
+        ("mlflow://host/name?pyfunc=true@prod", "mlflow://host/name?pyfunc=true", "prod"),
     ],
 )
 def test_references(url: str, place: str, reference: str) -> None:
     assert parse_url(url) == (place, reference)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("oci://SECRET@registry.example/x/y", "before an '@'"),
+        ("oci://SECRET@registry.example", "before an '@'"),
+        ("mlflow://SECRET@host/x", "before an '@'"),
+        ("hf://SECRET@org", "before an '@'"),
+        ("hf://SECRET@org/name", "before an '@'"),
+        ("gs://SECRET@bucket", "before an '@'"),
+        ("s3://me:SECRET@bucket/x", "before an '@'"),
+        ("s3://me:12/SECRET@bucket/x", "before an '@'"),
+        ("s3://me:SECRET/x@bucket/x", "is no port"),
+        ("s3://me:SECRET?x@bucket/x", "is no port"),
+        ("gs://b/x?sig=SECRET", "has no ? or #"),
+        ("gs://b/x#SECRET", "has no ? or #"),
+        ("mlflow://h/x?token=SECRET", "pyfunc=true"),
+        ("mlflow://h/x?pyfunc=SECRET", "pyfunc=true"),
+        ("hf://org/name?token=SECRET", "private=true"),
+        ("SECRET@host/x", "no registry's URL"),
+        ("file:///a%00SECRET", "a control character"),
+        ("mlflow:///tmp/%00/SECRET", "a control character"),
+    ],
+)
+def test_a_secret_is_not_repeated(url: str, says: str) -> None:
+    for use in (connect, parse_url, check_place):
+        with pytest.raises(RegistryError) as caught:
+            use(url)
+        assert "SECRET" not in one_line(caught, says)
