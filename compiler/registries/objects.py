@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -98,6 +99,8 @@ def connect(url: str) -> Registry:
         given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **given}
     try:
+        # What it lacks is told before it is made: ftp's, half made, prints a traceback of its own when it is dropped.
+        inspect.signature(implementation.__init__).bind(None, **fsspec.config.apply_config(implementation, options))
         filesystem = implementation(**options)
         root = filesystem._strip_protocol(url)
     except Exception as error:  # each implementation asks for what it likes

@@ -149,7 +149,12 @@ class TestPushAndPull:
             seen: list[dict[str, int]] = []
             with pytest.MonkeyPatch.context() as patch:
                 rename = os.rename
-                patch.setattr(filesystem.os, "rename", lambda *names: (seen.append(modes(Path(names[0]))), rename(*names)))
+
+                def look(source: Path, target: Path) -> None:
+                    seen.append(modes(source))
+                    rename(source, target)
+
+                patch.setattr(os, "rename", look)
                 push(release, url, ["latest"])
             pull(url, tmp_path / "out")
         finally:
