@@ -194,7 +194,8 @@ def refusal(status: int, url: str, reason: str = "") -> Exception:
     if status == 404 and "RESOURCE_DOES_NOT_EXIST" not in reason:
         return RegistryError(f"{url}: what answers there is no MLflow server, or does not serve artifacts (404)")
     line = next(iter(reason.strip().splitlines()), "")[:200]
-    if status in (408, 429) or status >= 500:
+    # Two that note the same at once: the server looks, then inserts, and calls the slower one's a bad request.
+    if status in (408, 429) or status >= 500 or (status == 400 and "UNIQUE constraint failed: tags." in reason):
         return FaultError(f"answers {status}" + (f" ({line})" if line else ""))
     return RegistryError(f"{url}: the server refuses ({status}{f': {line}' if line else ''})")
 

@@ -129,11 +129,11 @@ def test_versions_come_in_their_order_with_aliases_that_move(
     order = ("0.9.0", "1.0.0-alpha", "1.0.0-alpha.2", "1.0.0-alpha.10", "1.0.0-alpha.beta", "1.0.0", "1.2.0", "1.10.0")
     for release in sorted(order):
         make_release(tmp_path / release, release=release)
-        push(tmp_path / release, url, ("latest",))
-    push(tmp_path / "1.2.0", url, ("prod", "latest"))
+        push(tmp_path / release, url, ("first",))
+    push(tmp_path / "1.2.0", url, ("prod", "first"))
     found = registries.connect(url).list()
     assert tuple(version.release for version in found) == order
-    assert {version.release: version.aliases for version in found if version.aliases} == {"1.2.0": ("latest", "prod")}
+    assert {version.release: version.aliases for version in found if version.aliases} == {"1.2.0": ("first", "prod")}
     assert push(tmp_path / "1.10.0", url, ("prod",)).moved == ("prod",)
     resolved = registries.connect(url).resolve("prod")
     assert resolved is not None and (resolved.release, resolved.aliases) == ("1.10.0", ("prod",))
