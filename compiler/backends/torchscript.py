@@ -99,11 +99,11 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
 
 def _canonical_archive(source: Path, target: Path) -> None:
     """Copy a TorchScript archive without what differs between machines: the debug records, which hold the paths of the
-    Python sources, and the archive's own name, which follows the file's."""
+    Python sources, the archive's id, which torch makes of all records, those too, and its name, which follows the file's."""
     with zipfile.ZipFile(source) as reader, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as writer:
         for entry in sorted(reader.infolist(), key=lambda entry: entry.filename):
             name = f"model/{entry.filename.partition('/')[2]}"
-            if name.endswith(".debug_pkl"):
+            if name.endswith((".debug_pkl", "/serialization_id")):
                 continue
             info = zipfile.ZipInfo(name, ZIP_EPOCH)
             header = 30 + len(name.encode())  # a local file header without its extra field (APPNOTE 4.3.7)

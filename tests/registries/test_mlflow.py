@@ -439,7 +439,7 @@ def test_server_killed_in_the_middle(server: Server, proxy: Proxy, url: str, tmp
     proxy.heal()
     assert publish.push(tmp_path / "release", url, ("latest",)).made
     assert proxy.count("PUT", BIG) == 0
-    assert proxy.count("PUT", "openvino_model.bin") == 1
+    assert proxy.count("PUT", "openvino_model.bin") <= 1  # none when all of it was there before the server died
 
     def receiving() -> bool:
         return any(path.stat().st_size for path in tmp_path.glob("scratch-*/openvino/openvino_model.bin"))
