@@ -55,7 +55,9 @@ class Registry(Protocol):
 
     One with a true attribute `hashes` hashes every file as it sends it, and publishes nothing when one is not what the
     manifest says (a ReleaseError); for the others a release's files are hashed before they are sent. One with a method
-    `check_alias(name)` raises RegistryError there for what cannot be an alias in it, before anything is sent.
+    `check_alias(name)` raises RegistryError there for what cannot be an alias in it, before anything is sent. One with a method
+    `show(path)` has what its users see show the newest version, when that is the release at `path`; it is called at the end
+    of every push, once the aliases are where they belong.
     """
 
     @property

@@ -97,7 +97,9 @@ class Hub:
                 return None
         version = self._look(release, refs)
         if version is None:
-            raise RegistryError(f"{self.url}: has a tag {release} that holds no release; remove it, or set another release:")
+            raise RegistryError(
+                f"{self.url}: has a tag {release} that holds no release; remove that tag, or raise release: in pipeline.yaml"
+            )
         return version
 
     def push(self, parcel: Parcel) -> None:
@@ -125,11 +127,6 @@ class Hub:
             self._tidy(release)
             raise
         self._tidy(release)
-        try:
-            self.show(parcel.path)
-        except RegistryError as error:
-            reason = str(error).removeprefix(f"{client.url}: ")
-            raise RegistryError(f"{self.url}: {release} is published, but {MAIN} does not show it yet: {reason}") from error
 
     def check_alias(self, name: str) -> None:
         """Raises RegistryError for the one name that can be no alias here."""
@@ -247,20 +244,27 @@ class Hub:
             refs = self.client.refs()
             if refs is None or manifest.release != max(refs.versions, key=precedence, default=""):
                 return
-            # What lies beside a release's files may have changed on disk since it was published: the hub's is shown.
-            beside = {name: self.client.small(refs.versions[manifest.release], name) for name in (MANIFEST, *OUTSIDE)}
-            content = beside[MANIFEST]
+            commit = refs.versions[manifest.release]
+            content = self.client.small(commit, MANIFEST)
             if content is None or from_bytes(content, f"{self.url}@{manifest.release}").identity != manifest.identity:
                 return
             if MAIN in refs.branches and self.client.small(refs.branches[MAIN], MANIFEST) == content:
                 return
+            # What lies beside a release's files may have changed on disk since it was published: the hub's is shown.
+            beside = {MANIFEST: content, **{name: self.client.small(commit, name) for name in OUTSIDE}}
             card = model_card(manifest, reports, self.client.url, self.client.repo).encode()
             shown: dict[File, Path | bytes] = {file: path.absolute() / file.path for file in manifest.every_file}
             shown |= {_file(name, found): found for name, found in beside.items() if found is not None}
             shown = {file: found for file, found in shown.items() if file.path != CARD}
             self.client.commit(MAIN, {**shown, _file(CARD, card): card}, f"Show {manifest.release}")
 
-        self._until_still(attempt)
+        try:
+            self._until_still(attempt)
+        except RegistryError as error:
+            reason = str(error).removeprefix(f"{self.client.url}: ").removeprefix(f"{self.url}: ")
+            raise RegistryError(
+                f"{self.url}: {manifest.release} is published, but {MAIN} does not show it yet: {reason}"
+            ) from error
 
 
 def _file(path: str, content: bytes) -> File:

@@ -8,7 +8,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from compiler import registries
@@ -23,8 +23,8 @@ from compiler.verify import read_release, verify_files, verify_sums
 
 @dataclass(frozen=True)
 class Published:
-    """What a push came to: the release, the place, the version, whether this push sent it, the aliases that it moved, and
-    whether the release on disk is signed."""
+    """What a push came to: the release, the place, the version, whether this push sent it, the aliases that it moved,
+    whether the release on disk is signed, and the open registry."""
 
     path: Path
     url: str
@@ -32,6 +32,7 @@ class Published:
     made: bool
     moved: tuple[str, ...]
     signed: bool
+    registry: Registry = field(compare=False, repr=False)
 
     @property
     def unsent(self) -> bool:
@@ -85,19 +86,21 @@ def send(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifes
             pass
         if (version := _same(registry, manifest)) is None:
             raise RegistryError(f"{url}: {manifest.release} does not resolve after it was pushed; push it again")
-    return Published(path, url, version, made, (), any(file.path == SIGNATURE for file in outside))
+    return Published(path, url, version, made, (), any(file.path == SIGNATURE for file in outside), registry)
 
 
 def move(published: Published, aliases: Sequence[str]) -> Published:
-    """The second half of `push`: move aliases to what `send` gave. Raises RegistryError as `push` does."""
-    version = published.version
+    """The second half of `push`: move aliases to what `send` gave, then have a registry with a page of its own show what is
+    newest, also where an earlier push could not. Raises RegistryError as `push` does."""
+    version, registry = published.version, published.registry
     moved = tuple(dict.fromkeys(name for name in aliases if name not in version.aliases))
     if moved:
-        registry = registries.connect(published.url)
         _check_aliases(registry, moved, version.release)
         for name in moved:
             registry.alias(name, version)
         version = replace(version, aliases=tuple(sorted({*version.aliases, *moved})))
+    if (show := getattr(registry, "show", None)) is not None:
+        show(published.path)
     return replace(published, version=version, moved=moved)
 
 
@@ -172,7 +175,7 @@ def publish(
 def move_aliases(published: Published, aliases: Sequence[str], tell: Callable[[Event], None], manifest: Manifest) -> Published:
     """As `move`, telling of it when there is something to move."""
     if set(aliases) <= set(published.version.aliases):
-        return published
+        return move(published, ())
     with _told(f"alias {published.url}", manifest, tell) as end:
         published = move(published, aliases)
         end("moved", ", ".join(published.moved))
