@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,9 +55,9 @@ class Registry(Protocol):
 
     One with a true attribute `hashes` hashes every file as it sends it, and publishes nothing when one is not what the
     manifest says (a ReleaseError); for the others a release's files are hashed before they are sent. One with a method
-    `check_alias(name)` raises RegistryError there for what cannot be an alias in it, before anything is sent. One with a method
-    `show(path)` has what its users see show the newest version, when that is the release at `path`; it is called at the end
-    of every push, once the aliases are where they belong.
+    `check_alias(name)` raises RegistryError there for what cannot be an alias in it, before anything is sent. One with a
+    method `show(path)` has its page show the newest version, when that is the release at `path`; it is called at the end of
+    every push, once the aliases are where they belong.
     """
 
     @property
@@ -68,6 +68,10 @@ class Registry(Protocol):
 
     def resolve(self, reference: str) -> Version | None:
         """The version that a release's name, an alias or a digest names; None where there is none."""
+
+    def model(self) -> str | None:
+        """The name of the model that the newest version is of, by few requests; None where nothing is published yet, or where
+        what is there does not say: a version that is damaged is in no other's way."""
 
     def push(self, parcel: Parcel) -> None:
         """Publish a release whose version does not resolve yet. What an interrupted push sent is not sent again.
@@ -179,6 +183,11 @@ def match(versions: Sequence[Version], reference: str) -> Version | None:
         if reference in (version.release, f"sha256:{version.digest}", *version.aliases):
             return version
     return None
+
+
+def newest(names: Iterable[str]) -> str | None:
+    """The newest version among names, of which others may be none."""
+    return max((name for name in names if re.fullmatch(SEMVER, name)), key=precedence, default=None)
 
 
 def read_alias(content: bytes) -> str | None:

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from compiler.config import SEMVER
 from compiler.errors import RegistryError, ReleaseError
 from compiler.hashing import CHUNK, copy, file_sha256, list_files, sync_folder
-from compiler.manifest import MANIFEST, from_bytes
+from compiler.manifest import MANIFEST, Manifest, from_bytes
 from compiler.registries import (
     ALIAS,
     ALIAS_BYTES,
@@ -38,6 +38,7 @@ from compiler.registries import (
     Version,
     follow,
     match,
+    newest,
     precedence,
     read_alias,
 )
@@ -91,6 +92,13 @@ class Folder:
                     )
                 return version
         return match(self.list(), reference)
+
+    def model(self) -> str | None:
+        with self._telling():
+            if (release := newest(_names(self.root))) is not None:
+                with contextlib.suppress(ReleaseError):
+                    return _manifest(self.root / release).name
+        return None
 
     def push(self, parcel: Parcel) -> None:
         with self._telling():
@@ -195,8 +203,7 @@ class Folder:
         if folder.is_symlink() or not os.path.lexists(folder / MANIFEST):
             raise RegistryError(f"{folder}: is in the way of a release and is none; remove it")
         try:
-            with _open(folder, MANIFEST, str(folder)) as stream:
-                manifest = from_bytes(_read_small(stream, str(folder)), str(folder / MANIFEST))
+            manifest = _manifest(folder)
         except ReleaseError as error:
             raise RegistryError(str(error)) from error
         if manifest.release != release:
@@ -232,6 +239,11 @@ def _names(folder: Path) -> Sequence[str]:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
         return []
+
+
+def _manifest(folder: Path) -> Manifest:
+    with _open(folder, MANIFEST, str(folder)) as stream:
+        return from_bytes(_read_small(stream, str(folder)), str(folder / MANIFEST))
 
 
 def _put(source: Path, file: File, whole: Path, part: Path) -> None:

@@ -27,7 +27,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from compiler.errors import RegistryError, ReleaseError
 from compiler.manifest import MANIFEST, OUTSIDE, from_bytes
-from compiler.registries import DIGEST, Parcel, TakenError, Version, match, precedence
+from compiler.registries import DIGEST, Parcel, TakenError, Version, match, newest, precedence
 from compiler.registries.card import model_card
 from compiler.registries.hub_client import KEPT, MAIN, AnswerError, Client, Refs, library, local_hashes
 from compiler.registries.transfer import receive, retrying
@@ -101,6 +101,14 @@ class Hub:
                 f"{self.url}: has a tag {release} that holds no release; remove that tag, or raise release: in pipeline.yaml"
             )
         return version
+
+    def model(self) -> str | None:
+        refs = self.client.refs()
+        release = newest(refs.versions) if refs else None
+        content = self.client.small(refs.versions[release], MANIFEST) if refs and release else None
+        with contextlib.suppress(ReleaseError):
+            return from_bytes(content, self.url).name if content else None
+        return None
 
     def push(self, parcel: Parcel) -> None:
         client, release = self.client, parcel.manifest.release
@@ -242,7 +250,7 @@ class Hub:
 
         def attempt() -> None:
             refs = self.client.refs()
-            if refs is None or manifest.release != max(refs.versions, key=precedence, default=""):
+            if refs is None or manifest.release != newest(refs.versions):
                 return
             commit = refs.versions[manifest.release]
             content = self.client.small(commit, MANIFEST)

@@ -24,7 +24,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from compiler.config import SEMVER
 from compiler.errors import RegistryError, ReleaseError
 from compiler.manifest import MANIFEST, Manifest
-from compiler.registries import Parcel, Registry, TakenError, Version, match, precedence
+from compiler.registries import Parcel, Registry, TakenError, Version, match, newest, precedence
 from compiler.registries.mlflow_transport import (
     Artifacts,
     MissingError,
@@ -42,7 +42,7 @@ from compiler.store import locked
 from compiler.types import File
 
 RELEASE, DIGEST, KEY, SENT = "compile.release", "compile.digest", "compile.key", "compile.sent"
-ALIAS_TAG = "compile.alias."
+ALIAS_TAG, NAMED = "compile.alias.", "compile.model"
 MODEL, FILES = "model", "release"
 DATABASE, STORED, LOCK = "mlflow.db", "mlartifacts", "mlflow.lock"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -114,6 +114,10 @@ class Model:
                 f"or name {', '.join(found.release for found in versions[-3:]) or 'another model'}"
             )
         return version
+
+    def model(self) -> str | None:
+        found = {version.tags[RELEASE]: version.tags.get(NAMED) for version in reversed(self._versions())}
+        return found.get(newest(found) or "")
 
     def push(self, parcel: Parcel) -> None:
         with self._alone():
@@ -201,8 +205,6 @@ class Model:
 
     def _all(self) -> tuple[Found, ...]:
         """Every release, by its lowest version; versions that others made, without our tags, are none."""
-        if self.folder is not None and not (self.folder / DATABASE).is_file():
-            return ()
         named: dict[int, list[str]] = {}
         versions = self._versions()
         for alias, number in (self._aliases() if versions else {}).items():
@@ -217,6 +219,8 @@ class Model:
 
     def _versions(self) -> tuple[Any, ...]:
         """MLflow's versions that are releases, in the order in which they were made."""
+        if self.folder is not None and not (self.folder / DATABASE).is_file():
+            return ()
         versions: tuple[Any, ...] = ()
         token = None
         while True:
@@ -328,7 +332,7 @@ def _tags(manifest: Manifest) -> dict[str, str]:
     tags = {
         RELEASE: manifest.release,
         DIGEST: manifest.identity,
-        "compile.model": manifest.name,
+        NAMED: manifest.name,
         "compile.task": manifest.task,
         "compile.formats": ", ".join(f"{artifact.format} {artifact.precision}" for artifact in manifest.artifacts),
         "compile.licence": manifest.source.licence or "unknown",

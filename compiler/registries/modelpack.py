@@ -131,6 +131,16 @@ def label(content: bytes, where: str) -> tuple[str, str]:
     return release, digest.removeprefix("sha256:")
 
 
+def title(content: bytes) -> str | None:
+    """The name of the model that a manifest of OCI is of; None when it names none, or is something else."""
+    try:
+        annotations = _read(content, "").get("annotations")
+    except OtherError:
+        return None
+    found = annotations.get(TITLE) if isinstance(annotations, dict) else None
+    return found if isinstance(found, str) else None
+
+
 def _read(content: bytes, where: str) -> dict[str, Any]:
     try:
         body = json.loads(content)

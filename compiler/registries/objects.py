@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from compiler.config import SEMVER
 from compiler.errors import CompileError, RegistryError, ReleaseError
 from compiler.hashing import canonical
-from compiler.manifest import MANIFEST
+from compiler.manifest import MANIFEST, from_bytes
 from compiler.registries import (
     ALIAS,
     ALIAS_BYTES,
@@ -36,6 +36,7 @@ from compiler.registries import (
     Version,
     follow,
     match,
+    newest,
     precedence,
     read_alias,
 )
@@ -146,6 +147,15 @@ class Objects:
         if version is None and release != reference:
             raise RegistryError(f"{self.url}: {reference} names {release}, which is not there; move it, or push {release}")
         return version
+
+    def model(self) -> str | None:
+        if (release := newest(self._names(VERSIONS))) is None:
+            return None
+        pointer = _read_pointer(self._small(f"{VERSIONS}/{release}", POINTER_BYTES) or b"", release)
+        content = pointer and self._small(f"{OBJECTS}/{pointer['content']}/{MANIFEST}", SMALL_BYTES)
+        with contextlib.suppress(ReleaseError):
+            return from_bytes(content, self.url).name if content else None
+        return None
 
     def push(self, parcel: Parcel) -> None:
         ready(self.url)
@@ -270,16 +280,9 @@ class Objects:
         content = self._small(path, POINTER_BYTES)
         if content is None:
             return None
-        try:
-            pointer = json.loads(content)
-            sound = pointer["release"] == release and all(
-                re.fullmatch("[0-9a-f]{64}", pointer[name]) for name in ("content", "digest")
-            )
-        except (ValueError, KeyError, TypeError, RecursionError):
-            sound = False
-        if not sound:
+        if (pointer := _read_pointer(content, release)) is None:
             raise RegistryError(f"{self.url}/{path}: is not what a push writes; the version is damaged, do not use it")
-        return dict(pointer)
+        return pointer
 
     def _version(self, release: str, aliases: Mapping[str, str | None]) -> Version | None:
         if (pointer := self._pointer(release)) is None:
@@ -350,6 +353,19 @@ class Objects:
             if names & FAULTS or status in (408, 409, 425, 429) or (status or 0) >= 500:
                 raise FaultError(f"{code or status}: {short}" if status else short) from error
             raise RegistryError(f"{self.url}: {short}") from error
+
+
+def _read_pointer(content: bytes, release: str) -> dict[str, str] | None:
+    """A version's object; None when it is not what a push writes."""
+    try:
+        pointer = json.loads(content)
+        if pointer["release"] == release and all(
+            re.fullmatch("[0-9a-f]{64}", pointer[name]) for name in ("content", "digest")
+        ):
+            return dict(pointer)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:

@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 from compiler.config import SEMVER
 from compiler.errors import RegistryError, ReleaseError
 from compiler.manifest import MANIFEST, from_bytes
-from compiler.registries import ALIAS, DIGEST, Parcel, TakenError, Version, match, modelpack, precedence
+from compiler.registries import ALIAS, DIGEST, Parcel, TakenError, Version, match, modelpack, newest, precedence
 from compiler.registries.oci_client import THREADS, Client, RefusedError, Upload
 from compiler.registries.transfer import SMALL_BYTES, FaultError, receive, retrying
 from compiler.types import File
@@ -71,14 +71,23 @@ class Oci:
         release, digest = named
         if re.fullmatch(SEMVER, reference) and reference != release:
             raise RegistryError(f"{self.url}: the tag {reference} names release {release}; it is damaged, do not use it")
+        labels = self._labels([tag for tag in self._tags(reference) if ALIAS.fullmatch(tag)])
+        return Version(release, digest, tuple(sorted(name for name, found in labels.items() if found == named)))
+
+    def _tags(self, *otherwise: str) -> Sequence[str]:
+        """Every tag, or others where the registry lets nobody list them."""
         try:
-            tags = self._retry(self.client.tags)
+            return self._retry(self.client.tags)
         except RefusedError as error:
             if error.status not in (401, 403, 405):
                 raise
-            tags = [reference]
-        labels = self._labels([tag for tag in tags if ALIAS.fullmatch(tag)])
-        return Version(release, digest, tuple(sorted(name for name, found in labels.items() if found == named)))
+            return otherwise
+
+    def model(self) -> str | None:
+        """As `Registry.model`."""
+        tag = newest(self._tags())
+        content = None if tag is None else self._retry(lambda: self.client.manifest(tag))
+        return None if content is None else modelpack.title(content)
 
     def push(self, parcel: Parcel) -> None:
         """As `Registry.push`."""

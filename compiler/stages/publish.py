@@ -52,8 +52,8 @@ def push(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifes
 
     Raises:
         ReleaseError: the release is damaged.
-        RegistryError: that version is published with another content, `latest` names a newer one, or the registry cannot be
-            reached or refuses.
+        RegistryError: that version is published with another content, the versions there are another model's, `latest` names
+            a newer one, or the registry cannot be reached or refuses.
     """
     return move(send(path, url, aliases, verified=verified), aliases)
 
@@ -66,7 +66,8 @@ def send(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifes
     if from_bytes(content, str(path / MANIFEST)).identity != manifest.identity:
         raise RegistryError(f"{path}: changed while it was pushed; push it again")
     _check_aliases(registry, aliases, manifest.release)
-    version = _same(registry, manifest)
+    if (version := _same(registry, manifest)) is None and (there := registry.model()) not in (None, manifest.name):
+        raise RegistryError(f"{url}: is the place of {there}, this is {manifest.name}; give each model a place of its own")
     # Each file is hashed once: in this process before, here, or by a registry that does so while it is sent.
     hashes = getattr(registry, "hashes", False)
     verify_files(path, manifest, hashing=verified is None if version is not None else not hashes)
