@@ -34,6 +34,7 @@ def published_json(published: Published) -> dict[str, Any]:
         "made": published.made,
         "aliases": version.aliases,
         "moved": published.moved,
+        "moved_from": published.before,
         "signed": published.signed,
         **({"signature_sent": False} if published.unsent else {}),
     }

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from compiler.verify import read_release, verify_files, verify_sums
 @dataclass(frozen=True)
 class Published:
     """What a push came to: the release, the place, the version, whether this push sent it, the aliases that it moved,
-    whether the release on disk is signed, and the open registry."""
+    whether the release on disk is signed, the open registry, and the versions that moved aliases named before, if any."""
 
     path: Path
     url: str
@@ -33,12 +33,27 @@ class Published:
     moved: tuple[str, ...]
     signed: bool
     registry: Registry = field(compare=False, repr=False)
+    before: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def unsent(self) -> bool:
         """Whether a signature was not sent: the version was there, and takes nothing new. Whether the published one has that
         very signature is not known without fetching it."""
         return self.signed and not self.made
+
+    @property
+    def new(self) -> str:
+        """The aliases that were made, which named nothing before."""
+        return ", ".join(name for name in self.moved if name not in self.before)
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """A sentence for each alias that was taken from another version: somebody may have put it there on purpose."""
+        return tuple(moved_from(name, before, self.version.release) for name, before in self.before.items())
+
+
+def moved_from(name: str, before: str, release: str) -> str:
+    return f"{name} moved from {before} to {release}"
 
 
 UNSENT = "nothing was sent, not even a signature made since: sign before you push"
@@ -93,16 +108,25 @@ def send(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifes
 def move(published: Published, aliases: Sequence[str]) -> Published:
     """The second half of `push`: move aliases to what `send` gave, then have a registry with a page of its own show what is
     newest, also where an earlier push could not. Raises RegistryError as `push` does."""
-    version, registry = published.version, published.registry
+    version, registry, before = published.version, published.registry, dict[str, str]()
     moved = tuple(dict.fromkeys(name for name in aliases if name not in version.aliases))
     if moved:
         _check_aliases(registry, moved, version.release)
         for name in moved:
+            if (named := _named(registry, name)) is not None:
+                before[name] = named
             registry.alias(name, version)
         version = replace(version, aliases=tuple(sorted({*version.aliases, *moved})))
     if (show := getattr(registry, "show", None)) is not None:
         show(published.path)
-    return replace(published, version=version, moved=moved)
+    return replace(published, version=version, moved=moved, before=before)
+
+
+def _named(registry: Registry, name: str) -> str | None:
+    """The version that an alias names before it is moved; None where it names none, or cannot be read: moving it mends that."""
+    with contextlib.suppress(RegistryError):
+        return version.release if (version := registry.resolve(name)) is not None else None
+    return None
 
 
 def _check_aliases(registry: Registry, aliases: Sequence[str], release: str) -> None:
@@ -129,11 +153,12 @@ def _read(path: Path) -> bytes:
         raise ReleaseError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def alias(url: str, name: str) -> tuple[Version, bool]:
+def alias(url: str, name: str) -> tuple[Version, bool, str | None]:
     """Make `name` name the version that a URL's reference names.
 
     Returns:
-        The version, and whether the alias was moved: not when it names that version already.
+        The version; whether the alias was moved, which it is not when it names that version already; and the version that it
+        named before, if any.
 
     Raises:
         RegistryError: the URL has no reference or nothing is published under it, or the registry cannot be reached or refuses.
@@ -145,9 +170,10 @@ def alias(url: str, name: str) -> tuple[Version, bool]:
     registry = registries.connect(place)
     version = _find(registry, reference)
     if name in version.aliases:
-        return version, False
+        return version, False, version.release
+    before = _named(registry, name)
     registry.alias(name, version)
-    return replace(version, aliases=tuple(sorted({*version.aliases, name}))), True
+    return replace(version, aliases=tuple(sorted({*version.aliases, name}))), True, before
 
 
 def versions(url: str) -> tuple[Version, ...]:
@@ -179,7 +205,7 @@ def move_aliases(published: Published, aliases: Sequence[str], tell: Callable[[E
         return move(published, ())
     with _told(f"alias {published.url}", manifest, tell) as end:
         published = move(published, aliases)
-        end("moved", ", ".join(published.moved))
+        end("moved", "; ".join(filter(None, (published.new, *published.taken))))
     return published
 
 

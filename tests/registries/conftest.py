@@ -116,8 +116,9 @@ def signed_round_trip(url: str, folder: Path) -> None:
     one_line(caught, "is the place of tiny, this is stranger; give each model a place of its own")
 
     second = make_release(folder / "second", release="1.1.0")
-    assert push(folder / "second", url, ("latest",)).moved == ("latest",)
-    assert versions(url) == (Version("1.0.0", first.identity, ("prod",)), Version("1.1.0", second.identity, ("latest",)))
+    moved = push(folder / "second", url, ("latest", "new"))
+    assert (moved.moved, moved.before) == (("latest", "new"), {"latest": "1.0.0"})
+    assert versions(url) == (Version("1.0.0", first.identity, ("prod",)), Version("1.1.0", second.identity, ("latest", "new")))
     assert pull(f"{url}@prod", folder / "fetched") == (first, False)
     pull(url, folder / "unsigned")
     assert hash_folder(folder / "unsigned") == hash_folder(folder / "second")

@@ -53,6 +53,7 @@ class TestBuild:
                 "made": True,
                 "aliases": ["latest", "prod"],
                 "moved": ["latest", "prod"],
+                "moved_from": {},
                 "signed": False,
             }
         ]
@@ -116,6 +117,28 @@ class TestBuild:
         assert command(pipeline).returncode == 0
         assert len(versions(f"file://{tmp_path}/file")) == 1
         assert [version.aliases for version in versions(url)] == [("latest",)]
+
+    def test_an_alias_that_somebody_moved_back(self, command: Command, tmp_path: Path, bert: Path, url: str) -> None:
+        """A build that has nothing to do brings it where pipeline.yaml says, and says from where."""
+        pipeline = write_pipeline(tmp_path, bert, release="1.1.0", publish=[{"url": url, "aliases": ["latest", "prod"]}])
+        make_release(tmp_path / "old")
+        push(tmp_path / "old", url, ("stable",))
+        assert command(pipeline).returncode == 0
+        back = f"{url}@1.0.0"
+        assert command("alias", back, "prod").stdout == "prod moved from 1.1.0 to 1.0.0\n"
+        again = command(pipeline, "--json")
+        assert re.search(rf"alias {url} +moved .* s  prod moved from 1\.0\.0 to 1\.1\.0$", again.stderr, re.MULTILINE)
+        (done,) = json.loads(again.stdout)[0]["published"]
+        assert (done["moved"], done["moved_from"]) == (["prod"], {"prod": "1.0.0"})
+        said = json.loads(command("alias", back, "prod", "--json").stdout)
+        assert (said["moved"], said["moved_from"]) == (True, "1.1.0")
+        said = json.loads(command("alias", back, "prod", "--json").stdout)
+        assert (said["moved"], said["moved_from"]) == (False, None)
+        release = tmp_path / "artifacts/tiny/1.1.0"
+        pushed = command("push", release, url, "--alias", "prod", "--alias", "new", "--alias", "latest", "--alias", "stable")
+        ends = "new moved to it; prod moved from 1.0.0 to 1.1.0; stable moved from 1.0.0 to 1.1.0"
+        assert pushed.stdout.splitlines()[0].endswith(f"nothing was sent; {ends}")
+        assert command("alias", f"{url}@1.1.0", "prod").stdout == "prod → 1.1.0, as before\n"
 
     def test_a_signature_made_after_it(self, command: Command, tmp_path: Path, bert: Path, url: str) -> None:
         pipeline = write_pipeline(tmp_path, bert, publish=[url])
@@ -329,7 +352,7 @@ class TestCommands:
         listed = command("list", url)
         assert listed.stdout.splitlines()[0] == f"1.0.0  sha256:{manifest.identity}  latest"
         assert [entry["aliases"] for entry in json.loads(command("list", url, "--json").stdout)] == [["latest"], []]
-        assert command("alias", f"{url}@1.1.0", "latest").stdout == "latest → 1.1.0\n"
+        assert command("alias", f"{url}@1.1.0", "latest").stdout == "latest moved from 1.0.0 to 1.1.0\n"
         assert json.loads(command("alias", f"{url}@1.1.0", "latest", "--json").stdout)["moved"] is False
         pulled = command("pull", url, "out")
         assert pulled.returncode == 0, pulled.stderr
