@@ -54,10 +54,13 @@ class Registry(Protocol):
     and `list`. Network faults are tried again (`compiler.registries.transfer.retrying`) before they are an error.
 
     One with a true attribute `hashes` hashes every file as it sends it, and publishes nothing when one is not what the
-    manifest says (a ReleaseError); for the others a release's files are hashed before they are sent. One with a method
+    manifest says (a ReleaseError). One with a true attribute `checks` leaves that to its server, whose refusal is a
+    ReleaseError: what was hashed in this process before is not hashed again. For the others a release's files are hashed
+    right before they are sent. One with a method
     `check_alias(name)` raises RegistryError there for what cannot be an alias in it, before anything is sent. One with a
     method `show(path)` has its page show the newest version, when that is the release at `path`; it is called at the end of
-    every push, once the aliases are where they belong.
+    every push, once the aliases are where they belong. One with a method `check_same(version)` raises RegistryError when a
+    version that is there, with the release's content, is not what the URL's option asks for.
     """
 
     @property

@@ -70,7 +70,11 @@ def connect(url: str) -> Hub:
 
 @dataclass(frozen=True)
 class Hub:
-    """One repository. `private` is what it is made as, when it is not there yet."""
+    """One repository. `private` is what it is made as, when it is not there yet.
+
+    It neither `hashes` nor `checks`: large files are sent by the library, under the sha256 that they are said to have, to a
+    storage of which we do not know that it refuses others. So files are hashed right before they are sent.
+    """
 
     url: str
     private: bool

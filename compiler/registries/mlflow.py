@@ -43,7 +43,7 @@ from compiler.types import File
 
 RELEASE, DIGEST, KEY, SENT = "compile.release", "compile.digest", "compile.key", "compile.sent"
 ALIAS_TAG, NAMED = "compile.alias.", "compile.model"
-MODEL, FILES = "model", "release"
+MODEL, FILES, MLMODEL = "model", "release", "MLmodel"
 DATABASE, STORED, LOCK = "mlflow.db", "mlartifacts", "mlflow.lock"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 NAME = re.compile(r"[\w .-]+")
@@ -135,6 +135,24 @@ class Model:
             # A run that is finished is not taken up again: were its version deleted, a new push sends every file anew.
             self._call("set_terminated", run, "FINISHED")
             self._publish(parcel.manifest, run, root)
+
+    def check_same(self, version: Version) -> None:
+        """Raises RegistryError when the URL asks for the flavour, and a version that is there was published without it."""
+        if not self.pyfunc:
+            return
+        store = artifacts(self.tracking, self.url, self._found(version).source, self._stored)
+
+        def look() -> None:
+            with store.get(MLMODEL):
+                pass
+
+        try:
+            retrying(look, self._give_up)
+        except MissingError:
+            raise RegistryError(
+                f"{self.url}: {version.release} is published already, without pyfunc; a published version never changes: "
+                "raise release: in pipeline.yaml, or leave ?pyfunc=true out"
+            ) from None
 
     def alias(self, name: str, version: Version) -> None:
         number = str(self._found(version).number)

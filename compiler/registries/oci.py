@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 from compiler.config import SEMVER
@@ -50,6 +50,8 @@ class Oci:
 
     url: str
     client: Client
+    # A blob is made under its sha256, which the distribution specification has the registry hold it against.
+    checks: ClassVar[bool] = True
 
     def list(self) -> tuple[Version, ...]:
         """Every published version with its aliases. Tags of anything but releases are passed over: they are not ours."""
@@ -132,8 +134,8 @@ class Oci:
             if error.status != 400:
                 raise
             # The sha256 of what arrived is not the name it was given.
-            raise RegistryError(
-                f"{self.url}: {path} was refused: it changed while it was sent; verify and push it again"
+            raise ReleaseError(
+                f"{self.url}: {path} was refused: it changed since it was hashed; verify the release, then push it again"
             ) from error
         except OSError as error:
             raise RegistryError(f"{path}: cannot be read ({error.strerror}); push it again") from error

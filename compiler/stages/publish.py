@@ -84,8 +84,8 @@ def send(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifes
     if (version := _same(registry, manifest)) is None and (there := registry.model()) not in (None, manifest.name):
         raise RegistryError(f"{url}: is the place of {there}, this is {manifest.name}; give each model a place of its own")
     # Each file is hashed once: in this process before, here, or by a registry that does so while it is sent.
-    hashes = getattr(registry, "hashes", False)
-    verify_files(path, manifest, hashing=verified is None if version is not None else not hashes)
+    once = version is not None or getattr(registry, "checks", False)
+    verify_files(path, manifest, hashing=verified is None if once else not getattr(registry, "hashes", False))
     try:
         outside = tuple(hash_file(path, name) for name in OUTSIDE if os.path.lexists(path / name))
     except OSError as error:
@@ -123,7 +123,7 @@ def move(published: Published, aliases: Sequence[str]) -> Published:
 
 
 def _named(registry: Registry, name: str) -> str | None:
-    """The version that an alias names before it is moved; None where it names none, or cannot be read: moving it mends that."""
+    """The version that an alias names before it is moved; None where it names none, or cannot be read: moving mends it."""
     with contextlib.suppress(RegistryError):
         return version.release if (version := registry.resolve(name)) is not None else None
     return None
@@ -228,6 +228,8 @@ def _same(registry: Registry, manifest: Manifest) -> Version | None:
             f"{registry.url}: {manifest.release} is published already, with other content ({version.digest[:12]}…, this is "
             f"{manifest.identity[:12]}…); a published version never changes: raise release: in pipeline.yaml"
         )
+    if version is not None and (check := getattr(registry, "check_same", None)) is not None:
+        check(version)
     return version
 
 
