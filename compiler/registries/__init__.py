@@ -109,16 +109,22 @@ def connect(url: str) -> Registry:
     Raises:
         RegistryError: it is no URL, names a scheme that nothing serves, or holds a login.
     """
-    registry: Registry = _module(url).connect(url.rstrip("/"))
+    registry: Registry = _module(url).connect(_trim(url))
     return registry
 
 
-def ready(url: str) -> None:
-    """See, without a request, that a release can be published at a URL: all that this needs is installed, and the registry
-    takes releases. Raises RegistryError when not."""
-    connect(url)
+def ready(url: str) -> Registry:
+    """As `connect`, once it is seen, without a request, that a release can be published at a URL: all that this needs is
+    installed, and the registry takes releases. Raises RegistryError when not."""
+    # First: nobody need install a package to be told that this does not help.
     if (check := getattr(_module(url), "ready", None)) is not None:
-        check(url.rstrip("/"))
+        check(_trim(url))
+    return connect(url)
+
+
+def _trim(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rstrip('/')}"
 
 
 def _module(url: str) -> Any:

@@ -54,7 +54,7 @@ MAX_PARTS = 9_000
 AT_ONCE = 4
 S3 = ("s3", "s3a")
 # Where two pushes of one version cannot both succeed, because the store itself refuses to create an object twice.
-CREATES = (*S3, "memory")
+CREATES = S3
 NEEDS = {"s3": "s3", "s3a": "s3"}
 VARIABLES = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
@@ -113,8 +113,10 @@ def connect(url: str) -> Registry:
 
 
 def ready(url: str) -> None:
-    """Raises RegistryError when two pushes to a URL could both succeed."""
+    """Raises RegistryError when two pushes to a URL could both succeed, or nothing would be there afterwards."""
     scheme = urlsplit(url).scheme
+    if scheme == "memory":
+        raise RegistryError(f"{url}: memory:// is gone once this command has ended; push to {SCHEMES}")
     if scheme not in CREATES:
         raise RegistryError(f"{url}: {scheme}:// cannot be kept from replacing a published version; push to {SCHEMES}")
 
@@ -158,7 +160,6 @@ class Objects:
         return None
 
     def push(self, parcel: Parcel) -> None:
-        ready(self.url)
         key, release = key_of(parcel), parcel.manifest.release
         # The largest first, so that no thread is left with it alone at the end.
         files = sorted(parcel.files, key=lambda file: -file.size)

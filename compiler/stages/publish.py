@@ -75,7 +75,7 @@ def push(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifes
 
 def send(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifest | None = None) -> Published:
     """The first half of `push`: nothing is sent when one of the aliases could not be moved afterwards."""
-    registry = registries.connect(registries.check_place(url))
+    registry = registries.ready(registries.check_place(url))
     manifest = verified if verified is not None else read_release(path)[0]
     content = _read(path / MANIFEST)
     if from_bytes(content, str(path / MANIFEST)).identity != manifest.identity:
@@ -268,8 +268,12 @@ def pull(url: str, folder: Path) -> tuple[Manifest, bool]:
 def _find(registry: Registry, reference: str) -> Version:
     version = registry.resolve(reference)
     if version is None:
-        known = ", ".join(found.release for found in registry.list()[-3:])
-        has = f"it has {known}" if known else "nothing is published there"
+        found = registry.list()
+        known = ", ".join(one.release for one in found[-3:])
+        aliases = ", ".join(sorted({name for one in found for name in one.aliases}))
+        has = (
+            f"it has {known}" + (f", and the aliases {aliases}" if aliases else "") if known else "nothing is published there"
+        )
         raise RegistryError(f"{registry.url}: has no {reference}; {has}")
     return version
 
