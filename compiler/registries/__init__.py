@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import posixpath
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -205,17 +205,37 @@ def read_alias(content: bytes) -> str | None:
     return release if re.fullmatch(SEMVER, release) else None
 
 
-def follow(aliases: Mapping[str, str | None], reference: str, url: str) -> str:
-    """The version that an alias names; a reference that is no alias, as it is.
+Aliases = Mapping[str, str | None]
+
+
+def look_up(
+    reference: str,
+    url: str,
+    every: Callable[[], Sequence[Version]],
+    aliases: Callable[[], Aliases],
+    one: Callable[[str, Aliases], Version | None],
+) -> Version | None:
+    """The version that a reference names, where an alias is a file of its own that names a version.
+
+    Args:
+        every: all versions; asked for when the reference is a digest.
+        aliases: name → version; None for what is there and names none.
+        one: a version by its name, with its aliases among those given.
 
     Raises:
-        RegistryError: the alias is there and names no version.
+        RegistryError: the reference is an alias that names no version, or one that is not there.
     """
-    release = aliases.get(reference, reference)
+    if DIGEST.fullmatch(reference):
+        return match(every(), reference)
+    known = aliases()
+    release = known.get(reference, reference)
     if release is None:
         move = f"compile alias {url}@1.0.0 {reference}"
         raise RegistryError(f"{url}: alias {reference}: cannot be read, or names no version; move it again: {move}")
-    return release
+    version = one(release, known) if re.fullmatch(SEMVER, release) else None
+    if version is None and release != reference:
+        raise RegistryError(f"{url}: {reference} names {release}, which is not there; move it, or push {release}")
+    return version
 
 
 def precedence(release: str) -> tuple[Any, ...]:

@@ -36,13 +36,12 @@ from compiler.registries import (
     Registry,
     TakenError,
     Version,
-    follow,
-    match,
+    look_up,
     newest,
     precedence,
     read_alias,
 )
-from compiler.registries.transfer import SMALL_BYTES, FaultError, key_of, receive
+from compiler.registries.transfer import SMALL_BYTES, FaultError, bounded, key_of, receive
 from compiler.store import locked, write_file
 from compiler.types import File
 
@@ -60,8 +59,6 @@ def connect(url: str) -> Registry:
     path = unquote(url.removeprefix("file://").removeprefix("localhost"))
     if not path.startswith("/"):
         raise RegistryError(f"{url}: a folder's URL is file:// and an absolute path: file:///srv/models/minilm")
-    if "\0" in path:
-        raise RegistryError(f"{url}: a folder's name has no NUL (%00); correct the URL")
     return Folder(url, Path(path))
 
 
@@ -82,16 +79,7 @@ class Folder:
 
     def resolve(self, reference: str) -> Version | None:
         with self._telling():
-            aliases = self._aliases()
-            release = follow(aliases, reference, self.url)
-            if re.fullmatch(SEMVER, release):
-                version = self._version(release, aliases)
-                if version is None and release != reference:
-                    raise RegistryError(
-                        f"{self.url}: {reference} names {release}, which is not there; move it, or push {release}"
-                    )
-                return version
-        return match(self.list(), reference)
+            return look_up(reference, self.url, self.list, self._aliases, self._version)
 
     def model(self) -> str | None:
         with self._telling():
@@ -171,7 +159,7 @@ class Folder:
             if not os.path.lexists(release / name):
                 return None
             with self._telling(), _open(release, name, where) as stream:
-                return _read_small(stream, f"{where}: {name}")
+                return bounded([stream.read(SMALL_BYTES + 1)], f"{where}: {name}")
 
         @contextlib.contextmanager
         def read(file: File) -> Iterator[Iterator[bytes]]:
@@ -243,7 +231,7 @@ def _names(folder: Path) -> Sequence[str]:
 
 def _manifest(folder: Path) -> Manifest:
     with _open(folder, MANIFEST, str(folder)) as stream:
-        return from_bytes(_read_small(stream, str(folder)), str(folder / MANIFEST))
+        return from_bytes(bounded([stream.read(SMALL_BYTES + 1)], str(folder / MANIFEST)), str(folder / MANIFEST))
 
 
 def _put(source: Path, file: File, whole: Path, part: Path) -> None:
@@ -301,10 +289,3 @@ def _open(root: Path, path: str, where: str) -> BinaryIO:
         os.close(descriptor)
         raise ReleaseError(f"{where}: {path} is no file; do not use it")
     return open(descriptor, "rb")
-
-
-def _read_small(stream: BinaryIO, where: str) -> bytes:
-    content = stream.read(SMALL_BYTES + 1)
-    if len(content) > SMALL_BYTES:
-        raise ReleaseError(f"{where}: is larger than any manifest; do not use it")
-    return content

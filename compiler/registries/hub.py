@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from compiler.errors import RegistryError, ReleaseError
 from compiler.manifest import MANIFEST, OUTSIDE, from_bytes
@@ -39,7 +39,6 @@ CARD = "README.md"
 ROUNDS = 5
 # How much of its manifest's digest tells a push's branch from another push's of the same version.
 BRANCH_DIGITS = 12
-PRIVATE = {"true": True, "false": False}
 # As the hub has them: `--` and `..` are its own, and a name is at most 96 characters long.
 REPOSITORY = re.compile(r"(?!.*(--|\.\.|\.git$))[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<![.-])", re.ASCII)
 LONGEST = 96
@@ -51,21 +50,13 @@ def connect(url: str) -> Hub:
     """The registry at `hf://ORG/NAME`, with `?private=false` for a repository that everybody may read once it is made.
 
     Raises:
-        RegistryError: the URL names no repository, or holds a login.
+        RegistryError: the URL names no repository.
     """
     parts = urlsplit(url)
-    if parts.username is not None:
-        raise RegistryError(
-            "hf://…@…: a URL has no place for a login; set HF_TOKEN or run `hf auth login`, and give hf://ORG/NAME"
-        )
-    options = parse_qsl(parts.query, keep_blank_values=True)
-    if any(name != "private" or value not in PRIVATE for name, value in options):
-        raise RegistryError(f"{url}: only ?private=true or ?private=false may follow the name")
     repo = f"{parts.netloc}{parts.path}"
-    if not REPOSITORY.fullmatch(repo) or len(repo) > LONGEST or parts.fragment:
+    if not REPOSITORY.fullmatch(repo) or len(repo) > LONGEST:
         raise RegistryError(f"{url}: no repository can be called so; give hf://ORG/NAME")
-    private = PRIVATE[options[-1][1]] if options else True
-    return Hub(url, private, Client(url.partition("?")[0], repo, library()))
+    return Hub(url, parts.query != "private=false", Client(url.partition("?")[0], repo, library()))
 
 
 @dataclass(frozen=True)
@@ -109,8 +100,8 @@ class Hub:
     def model(self) -> str | None:
         refs = self.client.refs()
         release = newest(refs.versions) if refs else None
-        content = self.client.small(refs.versions[release], MANIFEST) if refs and release else None
         with contextlib.suppress(ReleaseError):
+            content = self.client.small(refs.versions[release], MANIFEST) if refs and release else None
             return from_bytes(content, self.url).name if content else None
         return None
 
@@ -190,10 +181,10 @@ class Hub:
     def _look(self, release: str, refs: Refs) -> Version | None:
         """The version that a tag holds; None where it holds no release."""
         commit = refs.versions[release]
-        content = self.client.small(commit, MANIFEST)
-        if content is None:
-            return None
         try:
+            content = self.client.small(commit, MANIFEST)
+            if content is None:
+                return None
             manifest = from_bytes(content, f"{self.url}@{release}: {MANIFEST}")
         except ReleaseError as error:
             raise RegistryError(str(error)) from error

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from compiler.config import SEMVER
 from compiler.errors import RegistryError, ReleaseError
@@ -37,7 +37,7 @@ from compiler.registries.mlflow_transport import (
     gave_up,
     imported,
 )
-from compiler.registries.transfer import SMALL_BYTES, FaultError, key_of, receive, retrying
+from compiler.registries.transfer import FaultError, bounded, key_of, receive, retrying
 from compiler.store import locked
 from compiler.types import File
 
@@ -58,24 +58,19 @@ def connect(url: str) -> Registry:
     """The registered model that a URL names. Nothing is contacted before the first call.
 
     Raises:
-        RegistryError: the URL names no model, or has an option that there is not.
+        RegistryError: the URL names no model.
     """
     parts = urlsplit(url)
     place, _, name = parts.path.rpartition("/")
     name = unquote(name)
-    options = parse_qs(parts.query, keep_blank_values=True)
-    pyfunc = options.pop("pyfunc", ["false"])
-    if options or pyfunc not in (["true"], ["false"]):
-        raise RegistryError(f"{url}: the only option after '?' is pyfunc=true")
+    pyfunc = parts.query == "pyfunc=true"
     if not NAME.fullmatch(name) or (not parts.netloc and not place):
         raise RegistryError(f"{url}: names no model; give mlflow://host:port/name, or mlflow:///folder/name without a server")
-    if parts.username:
-        raise RegistryError(f"{url}: holds a user's name; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD have it")
     if not parts.netloc:
         folder = Path(unquote(place))
-        return Model(url, name, f"sqlite:///{folder / DATABASE}", folder, pyfunc == ["true"])
+        return Model(url, name, f"sqlite:///{folder / DATABASE}", folder, pyfunc)
     plain = parts.scheme == "mlflow+http" or parts.hostname in LOOPBACK
-    return Model(url, name, f"{'http' if plain else 'https'}://{parts.netloc}{place}", None, pyfunc == ["true"])
+    return Model(url, name, f"{'http' if plain else 'https'}://{parts.netloc}{place}", None, pyfunc)
 
 
 def ready(url: str) -> None:
@@ -176,16 +171,11 @@ class Model:
 
         def small(name: str) -> bytes | None:
             def once() -> bytes | None:
-                content = b""
                 try:
                     with store.get(f"{FILES}/{name}") as chunks:
-                        for chunk in chunks:
-                            content += chunk
-                            if len(content) > SMALL_BYTES:
-                                raise ReleaseError(f"{where}: {name} is larger than any; do not use it")
+                        return bounded(chunks, f"{where}: {name}")
                 except MissingError:
                     return None
-                return content
 
             return retrying(once, self._give_up)
 

@@ -28,19 +28,17 @@ from compiler.manifest import MANIFEST, from_bytes
 from compiler.registries import (
     ALIAS,
     ALIAS_BYTES,
-    DIGEST,
     SCHEMES,
     Parcel,
     Registry,
     TakenError,
     Version,
-    follow,
-    match,
+    look_up,
     newest,
     precedence,
     read_alias,
 )
-from compiler.registries.transfer import SMALL_BYTES, FaultError, chunks_of, key_of, receive, retrying
+from compiler.registries.transfer import SMALL_BYTES, FaultError, bounded, chunks_of, key_of, receive, retrying
 from compiler.types import File
 
 T = TypeVar("T")
@@ -82,9 +80,6 @@ def connect(url: str) -> Registry:
 
     parts = urlsplit(url)
     scheme = parts.scheme
-    if parts.query or parts.fragment:
-        # What follows may be a token: it is not repeated.
-        raise RegistryError(f"{re.split('[?#]', url)[0]}: a registry's URL has no ? or #; leave it out")
     if not parts.netloc:
         raise RegistryError(f"{url}: names no bucket; a registry's URL is {scheme}://BUCKET/PATH")
     try:
@@ -139,16 +134,7 @@ class Objects:
             return tuple(version for version in found if version is not None)
 
     def resolve(self, reference: str) -> Version | None:
-        if DIGEST.fullmatch(reference):
-            return match(self.list(), reference)
-        aliases = self._aliases()
-        release = follow(aliases, reference, self.url)
-        if not re.fullmatch(SEMVER, release):
-            return None
-        version = self._version(release, aliases)
-        if version is None and release != reference:
-            raise RegistryError(f"{self.url}: {reference} names {release}, which is not there; move it, or push {release}")
-        return version
+        return look_up(reference, self.url, self.list, self._aliases, self._version)
 
     def model(self) -> str | None:
         if (release := newest(self._names(VERSIONS))) is None:
@@ -201,9 +187,7 @@ class Objects:
 
         def small(name: str) -> bytes | None:
             content = self._small(f"{place}/{name}", SMALL_BYTES)
-            if content is not None and len(content) > SMALL_BYTES:
-                raise ReleaseError(f"{where}: {name} is larger than any manifest; do not use it")
-            return content
+            return None if content is None else bounded([content], f"{where}: {name}")
 
         @contextlib.contextmanager
         def read(file: File) -> Iterator[Iterator[bytes]]:

@@ -279,11 +279,7 @@ def connect(url: str) -> Oci:
     """
     parts = urlsplit(url)
     name = parts.path.removeprefix("/")
-    try:
-        host = parts.hostname if parts.port != 0 else None
-    except ValueError:
-        host = None
-    if not host or parts.username is not None or parts.query or parts.fragment:
+    if not parts.hostname or parts.port == 0:
         raise RegistryError(f"{url}: not oci://host[:port]/repository; correct it")
     if not NAME.fullmatch(name) or len(name) > 255:
         tag = "; leave the tag out, a release brings its own version" if ":" in name else ""

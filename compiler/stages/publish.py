@@ -106,27 +106,31 @@ def send(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifes
 
 
 def move(published: Published, aliases: Sequence[str]) -> Published:
-    """The second half of `push`: move aliases to what `send` gave, then have a registry with a page of its own show what is
-    newest, also where an earlier push could not. Raises RegistryError as `push` does."""
-    version, registry, before = published.version, published.registry, dict[str, str]()
+    """The second half of `push`: move aliases, which `send` was given too, to what it gave, then have a registry with a page
+    of its own show what is newest, also where an earlier push could not. Raises RegistryError as `push` does."""
+    version, registry = published.version, published.registry
     moved = tuple(dict.fromkeys(name for name in aliases if name not in version.aliases))
-    if moved:
-        _check_aliases(registry, moved, version.release)
-        for name in moved:
-            if (named := _named(registry, name)) is not None:
-                before[name] = named
-            registry.alias(name, version)
-        version = replace(version, aliases=tuple(sorted({*version.aliases, *moved})))
+    # Of `latest` it must be known.
+    before = {name: named for name in moved if (named := _named(registry, name, strict=name == LATEST)) is not None}
+    if LATEST in before:  # somebody may have pushed since `send` looked
+        _check_latest(registry, before[LATEST], version.release)
+    for name in moved:
+        registry.alias(name, version)
+    version = replace(version, aliases=tuple(sorted({*version.aliases, *moved})))
     if (show := getattr(registry, "show", None)) is not None:
         show(published.path)
     return replace(published, version=version, moved=moved, before=before)
 
 
-def _named(registry: Registry, name: str) -> str | None:
-    """The version that an alias names before it is moved; None where it names none, or cannot be read: moving mends it."""
-    with contextlib.suppress(RegistryError):
+def _named(registry: Registry, name: str, *, strict: bool = False) -> str | None:
+    """The version that an alias names before it is moved; None where it names none or, unless `strict`, cannot be read, which
+    moving it mends."""
+    try:
         return version.release if (version := registry.resolve(name)) is not None else None
-    return None
+    except RegistryError:
+        if strict:
+            raise
+        return None
 
 
 def _check_aliases(registry: Registry, aliases: Sequence[str], release: str) -> None:
@@ -135,13 +139,14 @@ def _check_aliases(registry: Registry, aliases: Sequence[str], release: str) -> 
         registries.check_alias(name)
         if (check := getattr(registry, "check_alias", None)) is not None:
             check(name)
-    if (
-        LATEST in aliases
-        and (named := registry.resolve(LATEST)) is not None
-        and precedence(named.release) > precedence(release)
-    ):
+    if LATEST in aliases and (named := registry.resolve(LATEST)) is not None:
+        _check_latest(registry, named.release, release)
+
+
+def _check_latest(registry: Registry, named: str, release: str) -> None:
+    if precedence(named) > precedence(release):
         raise RegistryError(
-            f"{registry.url}: {LATEST} names {named.release}, which is newer than {release}; leave {LATEST} out, or, to go "
+            f"{registry.url}: {LATEST} names {named}, which is newer than {release}; leave {LATEST} out, or, to go "
             f"back, move it yourself: compile alias"
         )
 

@@ -378,7 +378,7 @@ def naming(*paths: str, size: int = 4) -> Callable[[], bytes]:
         (naming("a.txt", size=1 << 50), "no space is left"),
         (lambda: b"{}", "not a manifest"),
         (lambda: naming("a.txt")().replace(b"tiny", b"evil"), "changed since it was written"),
-        (lambda: b" " * (17 << 20), "larger than 16 MB"),
+        (lambda: b" " * (17 << 20), "larger than any that a push writes (16 MB)"),
         (lambda: to_bytes(replace(manifest_of(()), release="2.0.0")), "its tag 1.0.0 holds release 2.0.0"),
     ],
 )
