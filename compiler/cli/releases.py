@@ -249,12 +249,28 @@ def bench(
     "gates",
     multiple=True,
     metavar="KIND[=PERCENT]",
-    help="Exit 1 when B is worse than A by more than so many percent in size, numerics, metrics or speed, or lost some of its "
-    "artifacts or fusions; regress=PERCENT is all of these. files: when any byte differs. May be given again.",
+    help="Exit 1 when B is worse than A by more than PERCENT in KIND (see above). May be given again.",
 )
 @json_option
 def diff(before: str, after: str, gates: tuple[str, ...], as_json: bool) -> None:
-    """Compare two releases: A and B are folders, or registries' URLs such as hf://ORG/NAME@1.0.0."""
+    """Compare two releases: A and B are folders, or registries' URLs such as hf://ORG/NAME@1.0.0.
+
+    --fail-on regress=PERCENT fails when B is worse in any of these, which are kinds by themselves too:
+
+    \b
+    artifacts  one that A has is not in B
+    fusions    something is fused fewer times, whatever does it: from Gemm 18 to
+               Gemm 12 and BiasGelu 6 nothing is lost, the other way round gelu is
+    metrics    one fell by more than PERCENT
+    numerics   a figure that has a limit came nearer to it by more than PERCENT of
+               what the limit allows (less than 2 % is rounding, and never counts),
+               or has none in B; figures without a limit do not count
+    size       an artifact grew by more than PERCENT
+    speed      an artifact beats eager by more than PERCENT less, where both
+               releases have a recorded benchmark
+
+    And one that is not part of regress: files, when any byte differs.
+    """
     from compiler.diff import diff as run
     from compiler.diff import parse_gate, worse
     from compiler.diff_text import text
