@@ -35,10 +35,16 @@ from compiler.numerics import judge
 from compiler.sources import resolve
 from compiler.stages.load import REFERENCE, reference_again
 from compiler.stages.validate import validate
-from compiler.store import Step, Store, scratch, write_file, writing
+from compiler.store import Step, Store, aside_name, replace_files, scratch, writing
 from compiler.types import Check, Event, Report, Snapshot
 
 T = TypeVar("T")
+
+# What of a release is written in place, and so may be left by what was cut off.
+RECORDED = dict.fromkeys(
+    map(aside_name, (MANIFEST, SUMS)), " (bench --record, when it was cut off, leaves that and removes it: run it again)"
+)
+CUT_OFF = {**RECORDED, aside_name(SIGNATURE): " (sign, when it was cut off, leaves that and removes it: run it again)"}
 
 
 def read_release(path: Path) -> tuple[Manifest, tuple[Report, ...]]:
@@ -152,15 +158,11 @@ def record_benchmark(path: Path, benchmark: Mapping[str, Any]) -> None:
     """
     check_unsigned(path)
     read_release(path)
-    parent = path.resolve().parent  # beside the release: in it, they would be files too many
-    with writing(path, "the manifest"), scratch(parent) as aside:
+    with writing(path, "the manifest", "copy the release to where you can write, and record there"):
         stored = (path / MANIFEST).read_bytes()
         manifest = from_bytes(stored, str(path / MANIFEST))
         content = with_benchmark(stored, benchmark)
-        write_file(aside / MANIFEST, content)
-        write_file(aside / SUMS, sums(manifest, content))
-        for name in (MANIFEST, SUMS):
-            os.replace(aside / name, path / name)
+        replace_files(path, {MANIFEST: content, SUMS: sums(manifest, content)})
 
 
 def verify_files(path: Path, manifest: Manifest, *, hashing: bool = True, recording: bool = False) -> None:
@@ -168,16 +170,16 @@ def verify_files(path: Path, manifest: Manifest, *, hashing: bool = True, record
 
     Args:
         hashing: without it, only that all are there and no more: for who hashes them anyway.
-        recording: SHA256SUMS may be of another manifest.json, as a recording that was cut off leaves it: it is to be
-            written again.
+        recording: SHA256SUMS may be of another manifest.json, or a new one of either be there, as a recording that was cut off
+            leaves them: they are to be written again.
 
     Raises:
         ReleaseError: a file is missing, changed or too many, or is a link.
     """
     expected = {file.path: file for file in manifest.every_file}
-    present = set(list_files(path)) - {MANIFEST, *OUTSIDE}
+    present = set(list_files(path)) - {MANIFEST, *OUTSIDE} - (RECORDED.keys() if recording else set())
     problems = [f"{name} is missing" for name in sorted(set(expected) - present)]
-    problems += [f"{name} is not in the manifest" for name in sorted(present - set(expected))]
+    problems += [f"{name} is not in the manifest{CUT_OFF.get(name, '')}" for name in sorted(present - set(expected))]
     regular = []
     for name in sorted(present & set(expected)):
         if stat.S_ISREG(os.lstat(path / name).st_mode):

@@ -67,7 +67,12 @@ def inspect(release: Path, as_json: bool) -> None:
 @click.option("--key", type=click.Path(path_type=Path), help="Also check the signature, with this public key (PEM).")
 @click.option("--numerics", is_flag=True, help="Also reopen every artifact and repeat its checks.")
 @click.option("--rebuild", is_flag=True, help="Also build it again, without the cache, and compare every byte.")
-@click.option("--any-environment", is_flag=True, help="Rebuild also where libraries, CPU or compiler are others.")
+@click.option(
+    "--any-environment",
+    is_flag=True,
+    help="Rebuild also where libraries, CPU or compiler are others. What records those is not compared: bom.cdx.json, "
+    "provenance.json and, of manifest.json, the environment and the steps' keys.",
+)
 @click.option("--source", help="Where the checkpoint is now, if not where the manifest says: path:, package: or hf:.")
 @click.option(
     "--folder", type=click.Path(path_type=Path), help="Where pipeline.yaml's relative paths start, if not here, nor two up."
@@ -121,7 +126,8 @@ def verify(
         if numerics:
             table(manifest, reports, release)
     if rebuild:
-        from compiler.rebuild import RECORDS
+        from compiler.manifest import MANIFEST
+        from compiler.rebuild import ENVIRONMENT, RECORDS
         from compiler.rebuild import rebuild as run
 
         try:
@@ -134,8 +140,12 @@ def verify(
                 click.echo(f"differs  {name}")
             raise
         if not as_json:
-            left_out = [name for name in RECORDS if name not in again]
-            without = f"; not compared, since they record another environment: {', '.join(left_out)}" if left_out else ""
+            # Where anything is left out all of these are, and of the manifest only what is of the environment.
+            whole = ", ".join(name for name in RECORDS if name != MANIFEST)
+            part = f"{', '.join(ENVIRONMENT)} of {MANIFEST}"
+            without = (
+                "" if MANIFEST in again else f"; not compared, since they record another environment: {whole}, and {part}"
+            )
             click.echo(f"{manifest.name} {manifest.release}: built again, {len(again)} files are the same bytes{without}")
     if as_json:
         checks = [report_json(report) for report in reports] if numerics else []

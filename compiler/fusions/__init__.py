@@ -63,8 +63,8 @@ WORK: Mapping[str, tuple[str, ...]] = {
     "RotaryEmbedding": ("rotary embedding",),
     "RoPE": ("rotary embedding",),
 }
-#: Work that one of these takes in, at most so often, where another fusion would do it: the biases and products of queries, keys
-#: and values.
+#: Work that one of these takes in, at most so often, where another fusion would do it: the biases and products of queries,
+#: keys and values.
 TAKES_IN: Mapping[str, Mapping[str, int]] = {
     "Attention": {"bias of a linear layer": 3},
     "MultiHeadAttention": {"bias of a linear layer": 3},
