@@ -20,7 +20,7 @@ from compiler.fusions import TAKES_IN, WORK
 from compiler.graphs import Graph, read_graph
 from compiler.manifest import Manifest, differences
 from compiler.types import Artifact
-from compiler.verify import read_release, read_validation, verify_files
+from compiler.verify import Entry, Validation, open_release, verify_files
 
 # Percent of what a figure's limit allows below which a growth is rounding: right builds of one fp32 model by different
 # runtimes lie within 1 % of theirs.
@@ -35,7 +35,7 @@ class Side:
 
     path: Path
     manifest: Manifest
-    validation: Mapping[str, Any]
+    validation: Validation
 
     @property
     def artifacts(self) -> dict[str, Artifact]:
@@ -61,7 +61,7 @@ def diff(before: Path, after: Path) -> dict[str, Any]:
             for name in dict.fromkeys(itertools.chain(*artifacts))
         },
         "speed": _speed(old.benchmark, new.benchmark),
-        "measured": [any(entry.get("metrics") for entry in side.validation["artifacts"]) for side in sides],
+        "measured": [any(entry.get("metrics") for entry in side.validation.entries.values()) for side in sides],
         "release": _changed(_facts(old), _facts(new)),
         "libraries": _changed(old.libraries, new.libraries),
         "source": _changed(_hashes(old), _hashes(new)),
@@ -70,14 +70,14 @@ def diff(before: Path, after: Path) -> dict[str, Any]:
 
 
 def _side(path: Path) -> Side:
-    manifest, _ = read_release(path)
+    manifest, validation = open_release(path)
     verify_files(path, manifest)
     if manifest.benchmark is not None:
         try:
             TypeAdapter(_Benchmark).validate_python(manifest.benchmark, strict=True)
         except ValidationError as error:
             raise ReleaseError(f"{path}: its recorded benchmark is not what bench --record writes; record it again") from error
-    return Side(path, manifest, read_validation(path))
+    return Side(path, manifest, validation)
 
 
 class _Timing(TypedDict):
@@ -119,6 +119,7 @@ def _artifact(name: str, sides: Sequence[Side], pair: Sequence[Artifact | None])
     graphs: list[Graph | None] = [None, None]
     if old.files != new.files:
         graphs = [read_graph(side.path, artifact) for side, artifact in zip(sides, (old, new), strict=True)]
+    entries = [side.validation.entries[old.format, old.precision] for side in sides]
     settings = [
         {"opset": one.opset, "fast on": list(one.fast_on), **{f"runtime {key}": value for key, value in one.runtime.items()}}
         for one in (old, new)
@@ -130,30 +131,24 @@ def _artifact(name: str, sides: Sequence[Side], pair: Sequence[Artifact | None])
         "settings": _changed(*settings),
         "operators": _changed(*(graph.operators if graph else {} for graph in graphs)),
         "layers": _changed(*(graph.layers if graph else {} for graph in graphs)),
-        "numerics": _numerics(*(_entry(side, name) for side in sides)),
-        "metrics": _changed(*(_entry(side, name).get("metrics", {}) for side in sides)),
+        "numerics": _numerics(*entries),
+        "metrics": _changed(*(entry.get("metrics", {}) for entry in entries)),
     }
     same = old.files == new.files and not any(value for key, value in found.items() if key != "bytes")
     return {"same": same, **found}
 
 
-def _entry(side: Side, name: str) -> Mapping[str, Any]:
-    """What validation.json says of an artifact."""
-    entries = (entry for entry in side.validation["artifacts"] if f"{entry['format']} {entry['precision']}" == name)
-    return next(entries, {})
-
-
-def _numerics(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, dict[str, Pair]]:
+def _numerics(old: Entry, new: Entry) -> dict[str, dict[str, Pair]]:
     """The figures, and their limits, that differ: `{"logits cosine": {"figure": …, "limit": …}}`."""
     sides = []
     for entry in (old, new):
-        figures = {
+        figures: dict[str, dict[str, float | None]] = {
             f"{output} {name}": {"figure": figure, "limit": None}
             for output, result in entry.get("outputs", {}).items()
             for name, figure in result["figures"].items()
         }
-        checks = {f"{check['output']} {check['name']}": check for check in entry.get("checks", ())}
-        figures |= {name: {"figure": check["figure"], "limit": check["limit"]} for name, check in checks.items()}
+        for check in entry["checks"]:
+            figures[f"{check.output} {check.name}"] = {"figure": check.figure, "limit": check.limit}
         sides.append(figures)
     nothing = {"figure": None, "limit": None}
     return {

@@ -9,12 +9,16 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from compiler.cli.options import cache_option, json_option, open_store
 from compiler.cli.output import either, number, pairs, print_benchmark, print_json, report_json, table
 from compiler.errors import ReleaseError, SigningError
+
+if TYPE_CHECKING:
+    from compiler.types import Report
 
 PASSWORD_VARIABLE = "COMPILE_SIGN_PASSWORD"  # noqa: S105
 
@@ -97,14 +101,14 @@ def verify(
     """Hash every file of RELEASE again; with --key, check its signature; with --numerics, repeat its checks against the
     original; with --rebuild, build it again from what its manifest says, and compare every byte."""
     from compiler.progress import Display
-    from compiler.verify import is_signed, read_release, verify_files, verify_numerics
+    from compiler.verify import is_signed, open_release, verify_files, verify_numerics
 
     if any_environment and not rebuild:
         raise click.UsageError("--any-environment is for --rebuild")
     if folder is not None and not (numerics or rebuild):
         raise click.UsageError("--folder is for --numerics and --rebuild")
 
-    manifest, reports = read_release(release)
+    manifest, validation = open_release(release)
     verify_files(release, manifest)
     if key is not None:
         from compiler.signing import verify_signature
@@ -113,9 +117,10 @@ def verify(
     signed = is_signed(release)
     options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     store = open_store(cache_dir)
+    reports: tuple[Report, ...] = ()
     if numerics:
         with Display() as display:
-            reports = verify_numerics(release, manifest, store, display.tell, source, options, folder)
+            reports = verify_numerics(release, manifest, validation, store, display.tell, source, options, folder)
     count = len(manifest.every_file)
     if not as_json:
         click.echo(f"{manifest.name} {manifest.release}: {count} files are what the manifest says")
@@ -148,7 +153,7 @@ def verify(
             )
             click.echo(f"{manifest.name} {manifest.release}: built again, {len(again)} files are the same bytes{without}")
     if as_json:
-        checks = [report_json(report) for report in reports] if numerics else []
+        checks = [report_json(report) for report in reports]
         print_json(
             {
                 "release": str(release),
