@@ -81,11 +81,12 @@ def verify_signature(path: Path, manifest: Manifest, key: Path) -> None:
         SigningError: the key cannot be used, or the library is not installed.
     """
     library = _library()
+    public = _public(key)
     verifier = _verifier(library, key).set_hashing_config(_hashing(library))
     if not os.path.lexists(path / SIGNATURE):
         raise ReleaseError(f"{path}: is not signed (it has no {SIGNATURE}); get a signed one, or verify without --key")
     bundle = _bundle(path / SIGNATURE)
-    if bundle["verificationMaterial"]["publicKey"]["hint"] != fingerprint(key):
+    if bundle["verificationMaterial"]["publicKey"]["hint"] != _fingerprint(public):
         raise ReleaseError(f"{path}: was signed with another key than {key}; give its own, or do not use this release")
     signed, present = _signed(bundle), _hashes(path, manifest)
     other = [name for name in {*signed, *present} if signed.get(name) != present.get(name)]
@@ -98,7 +99,7 @@ def verify_signature(path: Path, manifest: Manifest, key: Path) -> None:
     except Exception as error:  # the library lets through what its parts raise
         raise ReleaseError(f"{path}: {SIGNATURE} was not made with {key}, or was changed; do not use this release") from error
     signature = bundle["dsseEnvelope"]["signatures"][0]["sig"]
-    if signature != _smaller(signature, _public(key).curve.group_order):
+    if signature != _smaller(signature, public.curve.group_order):
         # Whoever has the one form can write the other, without the key.
         raise ReleaseError(
             f"{path}: {SIGNATURE} was changed, or is not in the form (the smaller s) that `compile sign` writes, which "
@@ -106,14 +107,15 @@ def verify_signature(path: Path, manifest: Manifest, key: Path) -> None:
         )
 
 
-def fingerprint(key: Path) -> str:
-    """The sha256 (hex) of a public key, as signatures name it. Raises SigningError when it is none that signs releases."""
+def _fingerprint(public: Any) -> str:
+    """The sha256 (hex) of a public key, as signatures name it."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-    return hashlib.sha256(_public(key).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+    return hashlib.sha256(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
 def _public(key: Path) -> Any:
+    """A public key. Raises SigningError when there is none."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -170,7 +172,6 @@ def _signer(library: Any, key: Path, password: Callable[[], str]) -> tuple[Any, 
 
 
 def _verifier(library: Any, key: Path) -> Any:
-    fingerprint(key)
     try:
         return library.verifying.Config().use_elliptic_key_verifier(public_key=key)
     except (ValueError, AttributeError) as error:

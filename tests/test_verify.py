@@ -160,7 +160,23 @@ def test_any_value_of_validation_may_be_another(release: Path, data: strategies.
         if not isinstance(place[key], (dict, list)) or not place[key] or data.draw(strategies.integers(0, 4)) == 0:
             break
         place = place[key]
-    odd = [None, True, -1, 0, 1e308, 10**400, "", "x", [], [[]], {}, {"name": "x"}, float("nan"), float("inf"), "\ud800"]
+    odd: list[Any] = [
+        None,
+        True,
+        -1,
+        0,
+        1e308,
+        10**400,
+        "",
+        "x",
+        [],
+        [[]],
+        {},
+        {"name": "x"},
+        float("nan"),
+        float("inf"),
+        "\ud800",
+    ]
     place[key] = data.draw(strategies.sampled_from(odd))
     path.write_text(json.dumps(stored))
     try:
