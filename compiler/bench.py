@@ -28,7 +28,7 @@ from compiler.errors import CompileError, ConfigError, StageError
 from compiler.manifest import SAMPLES, Manifest
 from compiler.samples import TEXT, read_cases
 from compiler.types import Artifact, Runner, Snapshot
-from compiler.verify import find_original, read_known
+from compiler.verify import find_original, known_samples, open_release
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,7 +164,7 @@ def _batches(
     """The inputs by shape's name: real tokens without padding, and a padded batch of real text."""
     import numpy as np
 
-    found = read_cases(release / SAMPLES, read_known(release, manifest))
+    found = read_cases(release / SAMPLES, known_samples(release, manifest, open_release(release)[1]))
     longest = max((case for case in found if case.mask.all()), key=lambda case: case.mask.shape[1])
     most = longest.mask.shape[1]
     if shapes is None:

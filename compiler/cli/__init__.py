@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -21,9 +23,17 @@ from compiler.cli.output import print_json, report_json
 from compiler.errors import CompileError, ReleaseError
 
 
-@click.group(
-    cls=cast("type[click.Group]", DefaultGroup), default="build", context_settings={"help_option_names": ["-h", "--help"]}
-)
+class _Verbs(DefaultGroup):  # type: ignore[misc]
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """A misspelt verb would be taken for a pipeline's name, since `build` may be left out."""
+        close = difflib.get_close_matches(args[0], self.commands, n=1) if re.fullmatch(r"[\w-]+", args[0]) else []
+        if close and args[0] not in self.commands and not os.path.lexists(args[0]):
+            raise click.UsageError(f"no such file or verb: {args[0]}; did you mean {close[0]!r}?", ctx)
+        found: tuple[str | None, click.Command | None, list[str]] = super().resolve_command(ctx, args)
+        return found
+
+
+@click.group(cls=cast("type[click.Group]", _Verbs), default="build", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(compiler.__version__, prog_name="compile")
 def cli() -> None:
     """Compile checkpoints into validated, versioned CPU releases: TorchScript, ONNX, OpenVINO.

@@ -47,8 +47,11 @@ def pull(url: str, folder: Path, as_json: bool) -> None:
     from compiler import registries
     from compiler.progress import status
     from compiler.stages.publish import pull as run
+    from compiler.store import check_can_appear
 
     registries.parse(url)  # before it is shown: one that holds a login is refused, and not repeated
+    if not folder.is_dir() or not any(folder.iterdir()):  # or else it may be the release already
+        check_can_appear(folder)
     with status() as tell:
         tell(f"fetching {url}")
         manifest, made = run(url, folder)
