@@ -27,7 +27,7 @@ def items(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], bool
     found = []
     for item in [given] if one else given:
         values = [item] if isinstance(item, str) else [item.get("text")] if isinstance(item, Mapping) else [None]
-        if isinstance(item, Mapping) and item.get("text_pair") is not None:
+        if isinstance(item, Mapping) and item.get("text_pair"):  # an empty one is none, as in transformers
             values.append(item["text_pair"])
         for value in values:
             text.check_text(value, "an input's text")
