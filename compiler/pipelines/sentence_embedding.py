@@ -60,7 +60,7 @@ def prepare(model: CompiledModel, options: Mapping[str, Any]) -> Sentences:
     if options["normalize"] is not None:
         normalize = options["normalize"]
     if not pooling:
-        raise InputError(f"{folder}: has no modules.json that says how to pool; give pooling, such as mean or cls")
+        raise InputError(f"{folder}: has no modules.json that says how to pool; give pooling, such as mean or cls (--pooling)")
     if unknown := sorted(set(pooling) - set(POOLING)):
         raise InputError(f"pooling: {unknown[0]!r}; {', '.join(POOLING)}")
     most = [limit for limit in (read.limit, model_settings.get("max_seq_length")) if limit]
