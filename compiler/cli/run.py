@@ -90,8 +90,10 @@ def run(
         raise click.UsageError("give as many --text-pair as --text")
     _warn_on_stderr()
     model = load(release, format, precision, threads)
-    name = task or _usual_task(release, model.manifest.task, bool(pairs), pooling)
-    pipe = pipeline(name, model, batch_tokens=batch_tokens, **({} if pooling is None else {"pooling": pooling}))
+    asked = "question-answering" if question else None
+    name = task or asked or _usual_task(release, model.manifest.task, bool(pairs), pooling)
+    given_options: dict[str, Any] = {"pooling": pooling} if pooling else {}
+    pipe = pipeline(name, model, batch_tokens=batch_tokens, **given_options)
     options = _options(pipe, top_k, no_answer)
     if file is not None:
         given = _read(file, pipe)
@@ -309,7 +311,7 @@ def _table(scores: Sequence[Score]) -> str:
     rows = [("artifact", *names, "seconds", "inputs/s")]
     for score in scores:
         cells = [
-            f"{value:.4f}" + (f"  {-score.drop[name]:+.4f}" if name in score.drop else "")
+            f"{value:.4f}" + (f"  {round(-score.drop[name], 4) + 0.0:+.4f}" if name in score.drop else "")
             for name, value in score.metrics.items()
         ]
         rows.append((score.subject, *cells, f"{score.seconds:.2f}", f"{score.per_second:.0f}"))
