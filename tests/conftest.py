@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from compiler.manifest import MANIFEST, SUMS, Manifest, sums, to_bytes
+from tests.releases import releases as releases  # a fixture
 from tests.zoo import save_checkpoint
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -64,8 +64,12 @@ class Tokenizer:
         backend = self.backend if limit is None else _cutting(self.backend, limit, stride, strategy, self.truncation_side)
         try:
             return list(backend.encode_batch([text[0] if len(text) == 1 else text for text in texts], is_pretokenized=words))
-        except UnicodeEncodeError as error:
-            raise InputError(f"a text holds half of a character ({error.object[error.start : error.end]!r})") from error
+        except (TypeError, UnicodeEncodeError) as error:
+            for part in (part for text in texts for part in text):
+                for word in part if words else [part]:
+                    if any("\ud800" <= letter <= "\udfff" for letter in word):
+                        raise InputError(f"a text holds half of a character: {word[:60]!r}") from error
+            raise
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         text = str(self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens))
