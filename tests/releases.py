@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,12 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def release_of(releases: Path, name: str) -> Path:
     return releases / "artifacts" / name / "1.0.0"
+
+
+@pytest.fixture
+def plain_torchscript() -> Iterator[None]:
+    """TorchScript optimizes for each new shape, which takes far longer than these tiny models do."""
+    import torch
+
+    with torch.jit.optimized_execution(False):
+        yield

@@ -16,6 +16,8 @@ import compiler
 from compiler.cli import main
 from tests.releases import SHORT, TEXTS, release_of
 
+pytestmark = pytest.mark.usefixtures("plain_torchscript")
+
 Run = Callable[..., tuple[int, str, str]]
 
 

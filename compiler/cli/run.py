@@ -165,9 +165,7 @@ def _read(path: Path, pipe: Pipeline) -> list[Any]:
         names = TASKS[task].fields
         return [values[0] if len(names) == 1 else dict(zip(names, values, strict=False)) for _, values in found]
     if path.suffix != ".txt" or pipe.task in ("question-answering", "sentence-similarity"):
-        raise ConfigError(
-            f"{path}: inputs for {pipe.task} are JSON lines (.jsonl)" + (", or .txt" if path.suffix != ".txt" else "")
-        )
+        raise ConfigError(f"{path}: inputs are JSON lines (.jsonl) or, where an input is one text, a text a line (.txt)")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

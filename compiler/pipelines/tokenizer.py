@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.errors import InputError, ReleaseError
 from compiler.runtime import CompiledModel
+from compiler.sources import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,14 +158,15 @@ def _rebuilt(stored: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def _by_transformers(folder: Path) -> tokenizers.Tokenizer:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make an empty one
+        raise ReleaseError(f"{folder}: the release has no tokenizer; give a checkpoint with its own, and build again")
     from transformers import AutoTokenizer
 
     try:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ReleaseError(
-            f"{folder}: the release has no tokenizer that can be read ({' '.join(str(error).split())[:200]}); give a "
-            "checkpoint with its tokenizer, and build again"
+            f"{folder}: its tokenizer cannot be read ({' '.join(str(error).split())[:200]}); fetch or build the release again"
         ) from error
     if not hasattr(found, "backend_tokenizer"):
         raise ReleaseError(f"{folder}: {type(found).__name__} has no {TOKENIZER}; save one beside the checkpoint, build again")

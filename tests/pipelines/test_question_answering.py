@@ -15,6 +15,8 @@ import compiler
 from compiler.errors import InputError
 from tests.releases import TEXTS, release_of
 
+pytestmark = pytest.mark.usefixtures("plain_torchscript")
+
 CONTEXT = " ".join(TEXTS[:10])
 QUESTION = "Who keeps the night watch awake?"
 

@@ -16,6 +16,8 @@ import compiler
 from compiler.errors import CompileError, InputError, ReleaseError
 from tests.releases import SHORT, TEXTS, release_of
 
+pytestmark = pytest.mark.usefixtures("plain_torchscript")
+
 CLASSES, TOKENS, MASKS, FEATURES = "text-classification", "token-classification", "fill-mask", "feature-extraction"
 MASKED = [" ".join("<mask>" if place == 1 else word for place, word in enumerate(text.split())) for text in SHORT[:12]]
 PAIRS = [{"text": one, "text_pair": other} for one, other in itertools.pairwise(SHORT[:9])]
