@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -122,7 +123,7 @@ def test_entities(releases: Path, tmp_path: Path) -> None:
 def test_questions(releases: Path, tmp_path: Path, form: str) -> None:
     """SQuAD's JSON and JSON lines: the same questions; one has no answer."""
     contexts = TEXTS[:3]
-    answers: list[list[str]] = [[contexts[0].split()[0]], [], [" ".join(contexts[2].split()[:2]), "nothing"]]
+    answers: list[list[str]] = [[contexts[0].split()[1]], [], [" ".join(contexts[2].split()[:2]), "nothing"]]
     if form == "squad":
         asked_of = [
             {"context": context, "qas": [{"id": str(number), "question": "What?", "answers": [{"text": a} for a in given]}]}
@@ -224,11 +225,8 @@ def test_a_regression(releases: Path, tmp_path: Path) -> None:
 
 
 def test_worse() -> None:
-    scores = [
-        Score("a", {"f1": 0.5}, 1, 1),
-        Score("b", {"f1": 0.48}, 1, 1, {"f1": 0.02}),
-        Score("c", {"f1": 0.9}, 1, 1, {"f1": -0.4}),
-    ]
+    better = Score("c", {"f1": 0.9}, 1, 1, {"f1": -0.4})
+    scores = [Score("a", {"f1": 0.5}, 1, 1), Score("b", {"f1": 0.48}, 1, 1, {"f1": 0.02}), better]
     assert worse(scores, 0.02) == []
     assert worse(scores, 0.01) == ["b: f1 is 0.4800, 0.0200 below the original's"]
 
@@ -237,10 +235,7 @@ def test_the_command_and_its_gate(releases: Path, tmp_path: Path) -> None:
     """A sound release passes; one whose ONNX file lost its word embeddings does not, though its hashes are right."""
     import onnx
 
-    pairs = [
-        {"text": one, "text_pair": other, "score": len(one) - len(other)}
-        for one, other in zip(SHORT[:12], SHORT[1:13], strict=True)
-    ]
+    pairs = [{"text": a, "text_pair": b, "score": len(a) - len(b)} for a, b in itertools.pairwise(SHORT[:13])]
     data = write(tmp_path, pairs)
     mine = Path(shutil.copytree(release_of(releases, "features"), tmp_path / "release"))
     command = ("evaluate", mine, "--data", data, "--source", f"path:{releases / 'features'}", "--threads", "1")
@@ -259,9 +254,8 @@ def test_the_command_and_its_gate(releases: Path, tmp_path: Path) -> None:
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     onnx.save(graph, mine / "onnx/model.onnx")
     manifest, _ = read_release(mine)
-    changed = tuple(
-        replace(a, files=(hash_file(mine, "onnx/model.onnx"),)) if a.format == "onnx" else a for a in manifest.artifacts
-    )
+    file = hash_file(mine, "onnx/model.onnx")
+    changed = tuple(replace(one, files=(file,)) if one.format == "onnx" else one for one in manifest.artifacts)
     seal(mine, replace(manifest, artifacts=changed, read=None))
     failed = run_command(tmp_path, tmp_path, *command, "--format", "onnx", "--max-drop", "0.01")
     line = error_line(failed)
