@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ def test_config(releases: Path, model: CompiledModel) -> None:
 # Which artifact
 
 
-def benchmark_of(speeds: dict[str, tuple[float, ...]], machine: str | None = None) -> dict[str, Any]:
+def benchmark_of(speeds: Mapping[str, tuple[float, ...]], machine: str | None = None) -> dict[str, Any]:
     timings = [
         {"subject": subject, "shape": str(number), "ratio": ratio}
         for subject, ratios in speeds.items()

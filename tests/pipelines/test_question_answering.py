@@ -109,7 +109,7 @@ def test_no_answer_wins_when_it_is_likeliest(pipe: Any) -> None:
 
     from compiler.pipelines.question_answering import spans
 
-    start, end = np.float32([9, 0, 0, 1]), np.float32([9, 0, 1, 0])
+    start, end = np.array([9.0, 0, 0, 1]), np.array([9.0, 0, 1, 0])
     found, null = spans(start, end, [True, False, True, True], 3, 15)
     assert null > 0.9 > max(span.score for span in found)
     assert {(span.start, span.end) for span in found} == {(2, 2), (2, 3), (3, 3)}

@@ -33,7 +33,7 @@ def states(releases: Path) -> Any:
     eager = AutoModel.from_pretrained(releases / "features").eval()
     tokenizer = AutoTokenizer.from_pretrained(releases / "features")
 
-    def run(text: str) -> torch.Tensor:
+    def run(text: str) -> Any:
         with torch.no_grad():
             coded = tokenizer(text, return_tensors="pt", truncation=True, max_length=32)
             return eager(**coded).last_hidden_state[0]

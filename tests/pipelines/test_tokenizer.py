@@ -50,9 +50,14 @@ def test_tokens_as_transformers(
     from transformers import AutoTokenizer
 
     change(model.folder / "tokenizer_config.json", **changes)
-    asked = []
+    asked: list[Path] = []
     original = tokenizer._by_transformers
-    monkeypatch.setattr(tokenizer, "_by_transformers", lambda folder: asked.append(folder) or original(folder))
+
+    def spying(folder: Path) -> Any:
+        asked.append(folder)
+        return original(folder)
+
+    monkeypatch.setattr(tokenizer, "_by_transformers", spying)
     ours = tokenizer.read(model)
     theirs = AutoTokenizer.from_pretrained(model.folder)
     texts = [*SHORT, "ÉCOLE Größe"]
