@@ -98,5 +98,5 @@ def plain_torchscript() -> Iterator[None]:
     """TorchScript optimizes for each new shape, which takes far longer than these tiny models do."""
     import torch
 
-    with torch.jit.optimized_execution(False):
+    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
         yield

@@ -152,7 +152,8 @@ def test_available_memory() -> None:
 
 def test_threads_wait_for_each_other(folder: Path) -> None:
     opened = compiler.load(folder, "openvino", "fp32")
-    expected, found = opened(IDS, MASK)[0], []
+    expected = opened(IDS, MASK)[0]
+    found: list[Any] = []
     workers = [threading.Thread(target=lambda: found.extend(opened(IDS, MASK)[0] for _ in range(20))) for _ in range(4)]
     for worker in workers:
         worker.start()
