@@ -46,6 +46,10 @@ class NumericsError(CompileError):
         self.reports = reports
 
 
+class InputError(CompileError):
+    """What is given to an opened release is nothing that it can answer."""
+
+
 class ReleaseError(CompileError):
     """A release on disk is damaged, or one that exists would be changed.
 

@@ -23,8 +23,8 @@ from compiler.config import ModelSpec, read
 from compiler.errors import LockError
 from compiler.hashing import canonical, file_sha256
 from compiler.lock import check_lock, lock_path, read_lock, write_lock
-from compiler.pipeline import locked_plans, plan_model
 from compiler.plan import Plan
+from compiler.spine import locked_plans, plan_model
 from tests.conftest import Command, error_line, write_pipeline
 from tests.test_build import gone, start, wait_for
 

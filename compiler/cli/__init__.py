@@ -18,7 +18,7 @@ import click
 from click_default_group import DefaultGroup  # type: ignore[import-untyped]
 
 import compiler
-from compiler.cli import pipelines, registries, releases
+from compiler.cli import pipelines, registries, releases, run
 from compiler.cli.output import print_json, report_json
 from compiler.errors import CompileError, ReleaseError
 
@@ -52,6 +52,8 @@ for command in (
     releases.sign,
     releases.bench,
     releases.diff,
+    run.run,
+    run.evaluate,
     registries.push,
     registries.pull,
     registries.list_versions,

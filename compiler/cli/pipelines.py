@@ -47,10 +47,10 @@ def build(
     from compiler.build import FOLDER, Context
     from compiler.config import read
     from compiler.lock import lock_path
-    from compiler.pipeline import build as run
-    from compiler.pipeline import connect
-    from compiler.pipeline import publish as run_publish
     from compiler.progress import Display
+    from compiler.spine import build as run
+    from compiler.spine import connect
+    from compiler.spine import publish as run_publish
 
     parsed = read(pipeline)
     if not no_publish:
@@ -100,7 +100,7 @@ def plan(
     from compiler.build import planned
     from compiler.config import read
     from compiler.lock import lock_path
-    from compiler.pipeline import locked_plans, plan_model, select
+    from compiler.spine import locked_plans, plan_model, select
 
     parsed = read(pipeline)
     where = output if output is not None else pipeline.parent / parsed.output
