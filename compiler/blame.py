@@ -11,21 +11,26 @@ module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from compiler.eager import Key, Record, Stop, Trace, input_of, layers, trace
-from compiler.errors import StageError
+from compiler import workers
+from compiler.backends import BACKENDS
+from compiler.counterparts import End, Seen, Walk, align, alike, inside, read_values, relative
+from compiler.eager import Key, Record, Trace, input_of, layers, trace
+from compiler.errors import NumericsError, StageError
+from compiler.manifest import SAMPLES, Manifest
 from compiler.numerics import Array, Case
 from compiler.samples import NONE, read_cases
-from compiler.types import Artifact, Snapshot
-
-if TYPE_CHECKING:
-    import torch
+from compiler.store import Store, scratch, writing
+from compiler.types import Artifact, Event, Snapshot
+from compiler.verify import find_original, read_known
+from compiler.workers import THREADS
 
 # The largest own error of a layer that rounding explains, ‖artifact - original‖ / ‖original‖, by precision. Measured on layers
 # of correct artifacts, encoders of nine architectures: at most 2e-6 in fp32 and 0.012 in bf16.
@@ -34,29 +39,6 @@ ALLOWED: Mapping[str, float] = {"fp32": 5e-5, "bf16": 0.05}
 ALLOWED_ELSE = 0.15
 # The text is as long as any sample without padding is, up to so many tokens: all inner values of a model are held at once.
 MOST_TOKENS = 128
-# So many values are tried for the output of a layer that departs, those that are most like it.
-TRIED = 12
-# What a value that is not finite has for an error: larger than any, and a number that JSON can hold.
-NOT_FINITE = 1e308
-
-
-@dataclass(frozen=True)
-class Value:
-    """An inner value of the artifact: its name, its place in the order of the file, and its content, flat float32."""
-
-    name: str
-    place: int
-    content: Array
-
-
-@dataclass(frozen=True)
-class Match:
-    """A value beside what a module returned. `error` is ‖artifact - original‖ / ‖original‖, `cosine` that of the two as flat
-    vectors."""
-
-    value: Value
-    error: float
-    cosine: float
 
 
 @dataclass(frozen=True)
@@ -110,7 +92,8 @@ class Blame:
         seen = [row for row in self.layers if row.own is not None]
         most = max(seen, key=lambda row: row.own or 0.0, default=None)
         much = f", most is lost in {most.layer} (error {most.own:.2g}, allowed {self.allowed:g})" if most else ""
-        return f"no layer departs on {self.sample}{much}"
+        moved = f", but asking for inner values moves its outputs by {self.disturbed:.2g}" * (self.disturbed > self.allowed)
+        return f"no layer departs on {self.sample}{much}{moved}"
 
 
 def blame(
@@ -133,9 +116,7 @@ def blame(
     Raises:
         StageError: no sample is without padding, or the artifact has no inner values.
     """
-    from compiler.backends import BACKENDS
     from compiler.stages.load import load
-    from compiler.workers import THREADS
 
     backend = BACKENDS[artifact.format]
     case = choose(read_cases(samples, known))
@@ -152,16 +133,16 @@ def blame(
     ends = align(walk, [*([before] if before else []), *calls])
     last = trace(module, case.inputs, lambda record: ends[record.key].instead if record.key in ends else None)
     rows, departs = table(plain, last, ends, outputs, walk.allowed)
-    inside: tuple[Row, ...] = ()
+    modules: tuple[Row, ...] = ()
     if departs is not None:
-        inside, departs = look_inside(walk, plain, last, ends, departs)
+        modules, departs = look_inside(walk, plain, last, ends, departs)
     return Blame(
         artifact.format,
         artifact.precision,
         f"sample {case.name!r} ({'x'.join(map(str, case.mask.shape))})",
         walk.allowed,
         rows,
-        inside,
+        modules,
         departs,
         max(relative(outputs[name], value) for name, value in shipped.items()),
     )
@@ -180,136 +161,6 @@ def choose(cases: Sequence[Case]) -> Case:
     if alone:
         return min(alone, key=lambda case: case.mask.size)
     raise StageError("blame: the release has no sample of one text without padding")
-
-
-def read_values(
-    inner: Iterable[tuple[str, Array]], outputs: set[str], sizes: set[int]
-) -> tuple[dict[int, list[Value]], dict[str, Array]]:
-    """What an artifact computes, by size, of the sizes that are wanted, and its outputs. A value of `[1, heads, tokens, size]`
-    stands there by token as well."""
-    values: dict[int, list[Value]] = {}
-    answers = {}
-    for place, (name, array) in enumerate(inner):
-        if name in outputs:
-            answers[name] = array
-        if array.size in sizes:
-            found = values.setdefault(array.size, [])
-            found.append(Value(name, place, array.reshape(-1)))
-            if array.ndim == 4:
-                found.append(Value(name, place, array.transpose(0, 2, 1, 3).reshape(-1)))
-    return values, answers
-
-
-def relative(actual: Array, original: Array, floor: float = 0.0) -> float:
-    """‖actual - original‖ / ‖original‖; `floor` is the least that an element of the original counts for, on average."""
-    actual, original = (array.astype(np.float64).reshape(-1) for array in (actual, original))
-    if not np.isfinite(actual).all():
-        return NOT_FINITE
-    difference = float(np.linalg.norm(actual - original))
-    norm = max(float(np.linalg.norm(original)), floor * float(np.sqrt(original.size)))
-    return difference / norm if norm else min(difference, 1.0)
-
-
-def alike(actual: Array, original: Array) -> float:
-    """The cosine of two arrays as flat vectors; 0 where one is not finite."""
-    actual, original = (array.astype(np.float64).reshape(-1) for array in (actual, original))
-    norms = float(np.linalg.norm(actual) * np.linalg.norm(original))
-    return float(actual @ original) / norms if norms and np.isfinite(norms) else 0.0
-
-
-@dataclass(frozen=True)
-class Walk:
-    """What is held against what: the original, the sample, the artifact's values by size, its outputs, and the largest own
-    error that a layer may have."""
-
-    module: torch.nn.Module
-    case: Case
-    values: Mapping[int, Sequence[Value]]
-    outputs: Mapping[str, Array]
-    allowed: float
-
-    def matches(self, content: Array, after: int, until: float = float("inf")) -> list[Match]:
-        """The values of a tensor's size between two places of the file, beside it, in that order."""
-        found = [value for value in self.values.get(content.size, ()) if after < value.place <= until]
-        return [Match(value, relative(value.content, content), alike(value.content, content)) for value in found]
-
-
-@dataclass(frozen=True)
-class End:
-    """The end of a layer. `match` is None where the file holds no such value; `own` is then None, too. `sure`: what follows in
-    the file goes on from that value."""
-
-    match: Match | None
-    sure: bool
-
-    @property
-    def instead(self) -> Array | None:
-        """What the original goes on with."""
-        return None if self.match is None else self.match.value.content
-
-
-def align(walk: Walk, keys: Sequence[Key]) -> dict[Key, End]:
-    """Find the value of the file that each layer's output is, from the first layer on, each given what the file has for the
-    one before."""
-    ends: dict[Key, End] = {}
-    wanted = set(keys)
-
-    def after(ends: Mapping[Key, End]) -> int:
-        return max((end.match.value.place for end in ends.values() if end.match is not None), default=-1)
-
-    def nearest(record: Record, ends: Mapping[Key, End]) -> Match | None:
-        return min(walk.matches(record.content, after(ends)), key=lambda match: match.error, default=None)
-
-    def error_behind(ends: Mapping[Key, End]) -> float:
-        """The own error of what follows, the next layer or the outputs."""
-        errors = []
-
-        def replace(record: Record) -> Array | None:
-            if record.key in ends:
-                return ends[record.key].instead
-            if record.key in wanted:
-                match = nearest(record, ends)
-                errors.append(NOT_FINITE if match is None else match.error)
-                raise Stop
-            return None
-
-        try:
-            answers = trace(walk.module, walk.case.inputs, replace).outputs
-        except Stop:
-            return errors[0]
-        return max(relative(walk.outputs[name], value, floor=1.0) for name, value in answers.items() if name in walk.outputs)
-
-    def departed(record: Record) -> End:
-        matches = sorted(walk.matches(record.content, after(ends)), key=lambda match: -match.cosine)[:TRIED]
-        tried = [(error_behind({**ends, record.key: End(match, True)}), match) for match in matches]
-        error, match = min(tried, key=lambda pair: pair[0], default=(NOT_FINITE, None))
-        unseen = error_behind({**ends, record.key: End(None, False)})
-        if unseen <= walk.allowed and unseen < error:
-            return End(None, False)  # what follows is right without it: it was computed, and fused into something else
-        if error <= walk.allowed:
-            return End(match, True)
-        return End(matches[0] if matches else None, False)
-
-    while True:
-        open_end: list[Record] = []
-
-        def replace(record: Record, open_end: list[Record] = open_end) -> Array | None:
-            if record.key not in wanted:
-                return None
-            if record.key not in ends:
-                match = nearest(record, ends)
-                if match is None or match.error > walk.allowed:
-                    open_end.append(record)
-                    raise Stop
-                ends[record.key] = End(match, True)
-            return ends[record.key].instead
-
-        try:
-            trace(walk.module, walk.case.inputs, replace)
-        except Stop:
-            ends[open_end[0].key] = departed(open_end[0])
-            continue
-        return ends
 
 
 def returns(records: Iterable[Record]) -> dict[Key, Array]:
@@ -356,17 +207,6 @@ def table(
     return tuple(rows), None if first is None else Departure(first.layer, first.layer, first.own or 0.0)
 
 
-@dataclass
-class Seen:
-    """A tensor inside of a layer beside its counterpart, if one is good enough."""
-
-    record: Record
-    match: Match | None
-    kind: str
-    layer: int
-    good: bool = field(init=False, default=False)
-
-
 def look_inside(
     walk: Walk, plain: Trace, last: Trace, ends: Mapping[Key, End], departs: Departure
 ) -> tuple[tuple[Row, ...], Departure]:
@@ -378,7 +218,7 @@ def look_inside(
     keys = list(ends)
     calls = returns(plain.records)
     number = next((place for place, key in enumerate(keys) if label(key, calls) == departs.layer), len(keys))
-    seen = list(_seen(walk, last.records, ends))
+    seen = list(inside(walk, last.records, ends))
     visible = {one.kind for one in seen if one.good and one.layer != number}
     own = [one for one in seen if one.layer == number]
     right = [place for place, one in enumerate(own) if one.good]
@@ -402,28 +242,6 @@ def look_inside(
     return rows, Departure(name, departs.within, error)
 
 
-def _seen(walk: Walk, records: Sequence[Record], ends: Mapping[Key, End]) -> Iterable[Seen]:
-    """What ran inside of each layer, without what another had returned before, beside the nearest value of that part of the
-    file."""
-    keys = list(ends)
-    layer, before, contents = 0, -1, list[Array]()
-    for record in records:
-        end = ends[keys[layer]] if layer < len(keys) else None
-        until = float("inf") if end is None or end.match is None or not end.sure else end.match.value.place
-        prefix = f"{keys[layer].module}." if layer < len(keys) else ""
-        if not any(np.array_equal(record.content, content) for content in contents):
-            contents.append(record.content)
-            match = min(walk.matches(record.content, before, until), key=lambda match: match.error, default=None)
-            inner = record.key.module.removeprefix(prefix)
-            kind = f"{inner} {record.taken}" if prefix and record.key.module.startswith(prefix) else f"{layer} {inner}"
-            found = Seen(record, match, kind, layer)
-            found.good = match is not None and match.error <= walk.allowed
-            yield found
-        if end is not None and not record.taken and record.key == keys[layer]:
-            layer, contents = layer + 1, [record.content if end.instead is None else end.instead]
-            before = before if end.match is None else end.match.value.place
-
-
 def _inside_rows(
     plain: Trace, own: Sequence[Seen], visible: set[str], first_wrong: int | None, calls: Iterable[Key]
 ) -> tuple[Row, ...]:
@@ -442,3 +260,45 @@ def _inside_rows(
         rows.append(Row(name, one.match.value.name, relative(actual, original), found, lost, one.match.error))
         cosine = found
     return tuple(rows)
+
+
+def blame_release(
+    path: Path,
+    manifest: Manifest,
+    store: Store,
+    tell: Callable[[Event], None],
+    source: str | None,
+    options: Mapping[str, bool],
+    folder: Path | None = None,
+) -> tuple[Blame, ...]:
+    """What there is to say of the layers of each artifact of a release. The arguments are those of `verify_numerics`; the
+    checkpoint is needed.
+
+    Raises:
+        SourceError: the checkpoint is not there, or is another.
+        StageError: an artifact cannot be looked into.
+    """
+    model = f"{manifest.name} {manifest.release}"
+    snapshot = find_original(path, manifest, source, options, folder)
+    known = read_known(path, manifest)
+    found = []
+    with writing(store.root, "the cache"), scratch(store.root) as aside:
+        log = store.root / "verify.log"
+        log.write_bytes(b"")
+        for artifact in manifest.artifacts:
+            step = f"blame {artifact.format} {artifact.precision}"
+            started = time.monotonic()
+            tell(Event(model, step, "start"))
+            arguments = (path, artifact, snapshot, manifest.task, path / SAMPLES, known, options)
+            found.append(workers.run(blame, aside, *arguments, log=log))
+            tell(Event(model, step, "run", time.monotonic() - started))
+    return tuple(found)
+
+
+def departed(path: Path, found: Sequence[Blame]) -> NumericsError | None:
+    """The error that a release's artifacts are, of which one departs from the original in a layer; None where none does."""
+    for one in found:
+        if one.departs is not None:
+            text = f"{path}: {one.format} {one.precision}: {one.verdict}; do not use this artifact on this machine"
+            return NumericsError(text, blame=[other.to_json() for other in found])
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ def input_of(records: list[Record], first: Key) -> Key | None:
     """The call whose output a layer takes, the outermost one; None where that is no module's."""
     start = next(place for place, record in enumerate(records) if record.key.module.startswith(first.module))
     taken = records[start].content
-    before = [record for record in records[:start] if not record.taken and record.content.size == math.prod(taken.shape)]
+    before = [record for record in records[:start] if not record.taken and record.content.size == taken.size]
     return next((record.key for record in reversed(before) if (record.content == taken).all()), None)
 
 

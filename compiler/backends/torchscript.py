@@ -150,8 +150,9 @@ def inner(
     path = str(root / artifact.files[0].path)
     loaded = torch._C.import_ir_module(unit, path, torch.device("cpu"), {}, False)  # type: ignore[call-arg]
     script = torch.jit._recursive.wrap_cpp_module(loaded)
-    names = []
-    for function in unit.get_functions():
+    names: list[str] = []
+    functions: Any = unit.get_functions()  # type: ignore[func-returns-value]  # torch's stubs say None
+    for function in functions:
         graph = function.graph
         answer = next(graph.outputs()).node()
         if answer.kind() != "prim::DictConstruct":  # not one of the traces of the model
