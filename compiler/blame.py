@@ -21,7 +21,7 @@ import numpy as np
 
 from compiler import workers
 from compiler.backends import BACKENDS
-from compiler.counterparts import End, Seen, Walk, align, alike, inside, read_values, relative
+from compiler.counterparts import NOT_FINITE, End, Seen, Walk, align, alike, inside, read_values, relative
 from compiler.eager import Key, Record, Trace, input_of, layers, trace
 from compiler.errors import NumericsError, StageError
 from compiler.manifest import SAMPLES, Manifest
@@ -88,7 +88,8 @@ class Blame:
     def verdict(self) -> str:
         """Half a sentence."""
         if self.departs is not None:
-            return f"first departs at {self.departs.layer} (error {self.departs.error:.2g})"
+            error = "not finite" if self.departs.error == NOT_FINITE else f"error {self.departs.error:.2g}"
+            return f"first departs at {self.departs.layer} ({error})"
         seen = [row for row in self.layers if row.own is not None]
         most = max(seen, key=lambda row: row.own or 0.0, default=None)
         much = f", most is lost in {most.layer} (error {most.own:.2g}, allowed {self.allowed:g})" if most else ""

@@ -70,8 +70,10 @@ def relative(actual: Array, original: Array, floor: float = 0.0) -> float:
 def alike(actual: Array, original: Array) -> float:
     """The cosine of two arrays as flat vectors; 0 where one is not finite."""
     actual, original = (array.astype(np.float64).reshape(-1) for array in (actual, original))
+    if not np.isfinite(actual).all():
+        return 0.0
     norms = float(np.linalg.norm(actual) * np.linalg.norm(original))
-    return float(actual @ original) / norms if norms and np.isfinite(norms) else 0.0
+    return float(actual @ original) / norms if norms else 0.0
 
 
 @dataclass(frozen=True)
