@@ -35,7 +35,7 @@ from compiler.workers import LOAD_THREADS, THREADS
 # The largest own error of a layer that rounding explains, ‖artifact - original‖ / ‖original‖, by precision. Measured on layers
 # of correct artifacts, small encoders of nine architectures and a real one: at most 6e-7 in fp32 and 0.006 in bf16.
 ALLOWED: Mapping[str, float] = {"fp32": 2e-5, "bf16": 0.03}
-# Any other precision. Layers of a real encoder with weights and activations in 8 bits, which pass for sound, have 0.04 to 0.08.
+# Any other precision. Layers of a real encoder with weights and activations in 8 bits that is sound have 0.02 to 0.08.
 ALLOWED_ELSE = 0.15
 # The text is as long as any sample without padding is, up to so many tokens: all inner values of a model are held at once.
 MOST_TOKENS = 128
