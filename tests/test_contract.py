@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,10 +34,10 @@ PRECISIONS = [(name, precision) for name, backend in BACKENDS.items() for precis
 class Prepared:
     """A checkpoint with its reference, and the files that were exported from it so far."""
 
-    def __init__(self, folder: Path, architecture: str, task: str) -> None:
+    def __init__(self, folder: Path, architecture: str, task: str, **config: Any) -> None:
         self.folder = folder
         self.task = task
-        save_checkpoint(folder / "checkpoint", architecture, task)
+        save_checkpoint(folder / "checkpoint", architecture, task, **config)
         spec = ModelSpec(
             name="zoo",
             release="1.0.0",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiler.types import Artifact, Model, Precision, Runner, Target
+from compiler.workers import THREADS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,8 @@ ELEMENTWISE = frozenset({
 # fmt: on
 # Small constants (scales, shapes, norms) stay as they are: they weigh nothing and rounding them costs accuracy.
 SMALLEST_WEIGHT = 4096
+# The branch of a padding-free model for batches without padding, as `openvino_graph.join` has it: the second, `else`.
+DENSE = 1
 # What the names of the conversions of rounded weights end in.
 ROUNDED = "/rounded"
 
@@ -243,22 +246,23 @@ def _fusions(program: openvino.Model) -> dict[str, int]:
     packed = program.has_rt_info(["padding_free"])
     layers = program
     if packed:
-        layers = next(node for node in program.get_ordered_ops() if node.get_type_name() == "If").get_function(1)
+        layers = _choice(program).get_function(DENSE)
     counts = Counter(node.get_type_name() for node in layers.get_ordered_ops())
     if packed:
         counts["padding_free"] = int(program.get_rt_info(["padding_free"]).astype(str))
     return {name: counts[name] for name in FUSED if counts[name]}
 
 
+def _choice(program: openvino.Model) -> openvino.Node:
+    """The `If` on top of a model that has `padding_free` among its runtime info."""
+    return next(node for node in program.get_ordered_ops() if node.get_type_name() == "If")
+
+
 def open(root: Path, artifact: Artifact, threads: int | None) -> Runner:
     import openvino
 
-    settings = dict(artifact.runtime)
-    device = settings.pop("device")
-    if threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = threads
-    path = next(file.path for file in artifact.files if file.path.endswith(".xml"))
-    compiled = openvino.Core().compile_model(str(root / path), device, settings)
+    device, settings = _settings(artifact, threads)
+    compiled = openvino.Core().compile_model(str(root / _xml(artifact)), device, settings)
     request = compiled.create_infer_request()
     wanted = [port.get_any_name() for port in compiled.inputs]
     outputs = [output.get_any_name() for output in compiled.outputs]
@@ -271,3 +275,56 @@ def open(root: Path, artifact: Artifact, threads: int | None) -> Runner:
         return {name: result[index].copy() for index, name in enumerate(outputs)}
 
     return run
+
+
+def _settings(artifact: Artifact, threads: int | None) -> tuple[str, dict[str, Any]]:
+    settings = dict(artifact.runtime)
+    device = settings.pop("device")
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return device, settings
+
+
+def _xml(artifact: Artifact) -> str:
+    return next(file.path for file in artifact.files if file.path.endswith(".xml"))
+
+
+def inner(
+    root: Path, artifact: Artifact, inputs: Mapping[str, np.ndarray[Any, Any]]
+) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    import numpy as np
+    import openvino
+
+    core = openvino.Core()
+    program = core.read_model(str(root / _xml(artifact)))
+    layers = program
+    feeds = [port.get_any_name() for port in program.inputs]
+    outputs = [port.get_any_name() for port in program.outputs]
+    if program.has_rt_info(["padding_free"]):
+        # Nothing inside of a branch can be an output, so the branch is run as a model of its own.
+        choice = _choice(program)
+        layers = choice.get_function(DENSE)
+        outer = [value.get_node().output(0).get_any_name() for value in choice.input_values()[1:]]
+        described = {link.body_parameter_index: link.input_index for link in choice.get_input_descriptions(DENSE)}
+        feeds = [outer[described[place] - 1] for place in range(len(layers.get_parameters()))]
+        results = {link.output_index: link.body_value_index for link in choice.get_output_descriptions(DENSE)}
+        sources = [result.input_value(0).get_index() for result in program.get_results()]
+        own = dict(zip((results[index] for index in sources), outputs, strict=True))
+        outputs = [own.get(place, f"result {place}") for place in range(len(layers.get_results()))]
+    names, values = [], []
+    computed: set[str] = set()
+    ends = {result.input_value(0).get_node().get_friendly_name() for result in layers.get_results()}
+    for node in layers.get_ordered_ops():
+        kind, name = node.get_type_name(), node.get_friendly_name()
+        if kind == "Parameter" or any(value.get_node().get_friendly_name() in computed for value in node.input_values()):
+            computed.add(name)
+            if kind not in ("Parameter", "Result") and name not in ends:
+                found = [output for output in node.outputs() if output.get_element_type().is_real()]
+                values += found
+                names += [name if len(node.outputs()) == 1 else f"{name}:{output.get_index()}" for output in found]
+    layers.add_outputs(values)
+    device, settings = _settings(artifact, THREADS)
+    request = core.compile_model(layers, device, settings).create_infer_request()
+    given = request.infer({place: inputs[name] for place, name in enumerate(feeds)})
+    for name, place in zip((*names, *outputs), (*range(len(outputs), len(given)), *range(len(outputs))), strict=True):
+        yield name, np.array(given[place], dtype=np.float32)

@@ -95,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             answer = {"error": text, "kind": type(error).__name__, "artifacts": [report_json(report) for report in reports]}
             if isinstance(error, ReleaseError) and error.files:
                 answer["files"] = list(error.files)
+            if blame := getattr(error, "blame", ()):
+                answer["blame"] = list(blame)
             if error.released:
                 answer["releases"] = error.released
             print_json(answer)

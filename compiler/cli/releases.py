@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import click
 
 from compiler.cli.options import cache_option, json_option, open_store
-from compiler.cli.output import either, number, pairs, print_benchmark, print_json, report_json, table
+from compiler.cli.output import either, number, pairs, print_benchmark, print_blame, print_json, report_json, table
 from compiler.errors import ReleaseError, SigningError
 
 if TYPE_CHECKING:
+    from compiler.blame import Blame
     from compiler.types import Report
 
 PASSWORD_VARIABLE = "COMPILE_SIGN_PASSWORD"  # noqa: S105
@@ -70,6 +71,7 @@ def inspect(release: Path, as_json: bool) -> None:
 @click.argument("release", type=click.Path(path_type=Path))
 @click.option("--key", type=click.Path(path_type=Path), help="Also check the signature, with this public key (PEM).")
 @click.option("--numerics", is_flag=True, help="Also reopen every artifact and repeat its checks.")
+@click.option("--blame", is_flag=True, help="Also show each artifact's layers, and the first that departs from the original.")
 @click.option("--rebuild", is_flag=True, help="Also build it again, without the cache, and compare every byte.")
 @click.option(
     "--any-environment",
@@ -89,6 +91,7 @@ def verify(
     release: Path,
     key: Path | None,
     numerics: bool,
+    blame: bool,
     rebuild: bool,
     any_environment: bool,
     source: str | None,
@@ -99,14 +102,15 @@ def verify(
     as_json: bool,
 ) -> None:
     """Hash every file of RELEASE again; with --key, check its signature; with --numerics, repeat its checks against the
-    original; with --rebuild, build it again from what its manifest says, and compare every byte."""
+    original; with --blame, hold every layer against the original's; with --rebuild, build it again from what its manifest
+    says, and compare every byte."""
     from compiler.progress import Display
     from compiler.verify import is_signed, open_release, verify_files, verify_numerics
 
     if any_environment and not rebuild:
         raise click.UsageError("--any-environment is for --rebuild")
-    if folder is not None and not (numerics or rebuild):
-        raise click.UsageError("--folder is for --numerics and --rebuild")
+    if folder is not None and not (numerics or blame or rebuild):
+        raise click.UsageError("--folder is for --numerics, --blame and --rebuild")
 
     manifest, validation = open_release(release)
     verify_files(release, manifest)
@@ -118,6 +122,16 @@ def verify(
     options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     store = open_store(cache_dir)
     reports: tuple[Report, ...] = ()
+    layers: tuple[Blame, ...] = ()
+    if blame:
+        from compiler.blame import blame_release, departed
+
+        with Display() as display:
+            layers = blame_release(release, manifest, validation, store, display.tell, source, options, folder)
+        for found in () if as_json else layers:
+            print_blame(found)
+        if (error := departed(release, layers)) is not None:
+            raise error
     if numerics:
         with Display() as display:
             reports = verify_numerics(release, manifest, validation, store, display.tell, source, options, folder)
@@ -162,6 +176,7 @@ def verify(
                 "signature_checked": key is not None,
                 "numerics": numerics,
                 "checks": checks,
+                "blame": [found.to_json() for found in layers],
                 "rebuild": rebuild,
             }
         )
