@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 Array = np.ndarray[Any, np.dtype[Any]]
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "data/validation.jsonl").read_text(encoding="utf-8").splitlines()]
 # One text alone, texts of every length in one padded batch, and two that only differ in accents and case.
-BATCHES = [[TEXTS[3]], TEXTS[:10], ["Café Zoë opens at 7:30 — “really”?", "cafe zoe opens at 7:30 - \"REALLY\"?"]]
+BATCHES = [[TEXTS[3]], TEXTS[:10], ["Café Zoë opens at 7:30 — “really”?", 'cafe zoe opens at 7:30 - "REALLY"?']]
 PAIRS = [[[TEXTS[0], TEXTS[4]]], [list(pair) for pair in zip(TEXTS[:6], TEXTS[6:12], strict=True)]]
 #: Rows of the table: figures of a consumer, by its name, then by artifact.
 FIGURES: dict[str, dict[str, list[dict[str, float]]]] = {}

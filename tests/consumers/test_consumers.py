@@ -191,9 +191,10 @@ def test_consumer_answers_as_the_original(
     if consumer.program.startswith("cpp/"):
         program = request.getfixturevalue("programs") / Path(consumer.program).name
         output = {"feature-extraction": "last_hidden_state", "text-classification": "logits"}[task]
-        told = [settings["device"], *(f"{key}={value}" for key, value in settings.items() if key != "device")]
-        arguments = [release / path, output, *(told if name == "openvino" else [])]
-        answer = run(program, *arguments, given=encoded(release), folder=tmp_path)
+        told = []
+        if name == "openvino":
+            told = [settings["device"], *(f"{key}={value}" for key, value in settings.items() if key != "device")]
+        answer = run(program, release / path, output, *told, given=encoded(release), folder=tmp_path)
     else:
         asked = {"release": str(release), "task": task, "format": name, "file": path, "settings": settings}
         asked |= {"batches": BATCHES, "pairs": PAIRS, "dtype": DTYPES.get(precision)}

@@ -1,5 +1,5 @@
-"""optimum-intel's `OVModelFor…`, from the release folder, the artifact by its `file_name`, with the settings that the manifest
-names for it as `ov_config`."""
+"""optimum-intel's `OVModelFor…`, from the release folder, the artifact by its `file_name` (it looks for IR in the folder itself
+unless told a `subfolder`), with the settings that the manifest names for it as `ov_config`."""
 
 import json
 import sys
@@ -16,8 +16,13 @@ CLASSES = {
 request = json.load(sys.stdin)
 automatic, output = CLASSES[request["task"]]
 settings = dict(request["settings"])
+path = Path(request["file"])
 model = automatic.from_pretrained(
-    request["release"], file_name=Path(request["file"]).name, device=settings.pop("device"), ov_config=settings
+    request["release"],
+    subfolder=path.parent.name,
+    file_name=path.name,
+    device=settings.pop("device"),
+    ov_config=settings,
 )
 tokenizer = AutoTokenizer.from_pretrained(request["release"])
 answers = []
