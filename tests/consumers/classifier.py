@@ -1,7 +1,7 @@
 """A small text classifier with odd sizes, for consumers: `python -m tests.consumers.classifier FOLDER`.
 
-Its weights are drawn at random, wide and from a seed, and its tokenizer is trained on the compiler's built-in text: labels mean
-nothing, numbers do.
+Its weights are drawn at random, wide and from a seed, and its tokenizer is trained on the compiler's built-in text: what it
+says of a text means nothing, and is the same number everywhere.
 """
 
 from __future__ import annotations

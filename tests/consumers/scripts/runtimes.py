@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,16 +22,18 @@ if request["format"] == "onnx":
     session = onnxruntime.InferenceSession(path, options, providers=[settings["provider"]])
     wanted = [value.name for value in session.get_inputs()]
 
-    def run(inputs: dict[str, np.ndarray]) -> np.ndarray:
-        return session.run([output], inputs)[0]
+    def run(inputs: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+        answer: np.ndarray[Any, Any] = session.run([output], inputs)[0]
+        return answer
 else:
     import openvino
 
     compiled = openvino.Core().compile_model(path, settings.pop("device"), settings)
     wanted = [value.get_any_name() for value in compiled.inputs]
 
-    def run(inputs: dict[str, np.ndarray]) -> np.ndarray:
-        return compiled(inputs)[output]
+    def run(inputs: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+        answer: np.ndarray[Any, Any] = compiled(inputs)[output]
+        return answer
 
 
 output = {"feature-extraction": "last_hidden_state", "text-classification": "logits"}[request["task"]]
