@@ -10,7 +10,7 @@ rm -rf "$folder"
 mkdir -p "$folder"
 refuse() {
     reason=$(grep -iE 'error|fatal' "$log" | tail -n 1)
-    echo "$1: ${reason:-$(tail -n 1 "$log")}" | tee "$folder/failed" >&2
+    echo "$(basename "$folder"): $1: ${reason:-$(tail -n 1 "$log")}" | tee "$folder/failed" >&2
     exit 0
 }
 "$2" -m venv "$folder" >"$log" 2>&1 || refuse "no environment can be made"

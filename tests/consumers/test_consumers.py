@@ -227,3 +227,19 @@ def test_another_answer_is_noticed(reference: dict[str, dict[str, list[Array]]])
         assert [line.split()[0] for line in beyond(other, limits)] == ["max_abs", "cosine", "argmax"]
     with pytest.raises(AssertionError):
         figures(expected, [array[:, :-1] for array in expected], "scores")
+
+
+def test_what_cannot_be_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the script that makes environments, and by the tests that would need it."""
+    monkeypatch.setattr(sys.modules[__name__], "ENVIRONMENTS", tmp_path / ".venv/consumers")
+    with pytest.raises(pytest.skip.Exception, match="make consumers"):
+        environment("runtimes")
+    script = shutil.copy(HERE / "environment.sh", tmp_path)
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements/runtimes.txt").write_text(f"{tmp_path}/nothing.whl\n")
+    made = subprocess.run(
+        ["sh", script, "runtimes", sys.executable], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert made.returncode == 0 and "nothing.whl" in made.stderr, made
+    with pytest.raises(pytest.skip.Exception, match=r"runtimes: packages cannot be installed: ERROR: .*nothing\.whl"):
+        environment("runtimes")
