@@ -1,6 +1,6 @@
 """A small text classifier with odd sizes, for consumers: `python -m tests.consumers.classifier FOLDER TOKENIZER`.
 
-Its weights are drawn at random from a seed and its tokenizer is another checkpoint's, saved as transformers 5 saves it: what it
+Its weights are drawn at random from a seed, its tokenizer is another checkpoint's, saved as transformers 5 saves it: what it
 says of a text means nothing, and is the same everywhere.
 """
 
