@@ -297,8 +297,9 @@ class Build:
             ],
         }
         inside = {file.path: file for file in loaded.files}
-        support = [(snapshot.root, file) for file in snapshot.support]
-        support += [(loaded.root, inside[path]) for path in loaded.info["support"]]
+        own = loaded.info["support"]
+        support = [(snapshot.root, file) for file in snapshot.support if f"support/{file.path}" not in own]
+        support += [(loaded.root, inside[path]) for path in own]
         artifacts = [(candidate.artifact, candidate.entry) for candidate in made]
         content = (manifest, artifacts, support, (loaded.root, inside[SAMPLES]), validation)
         reports = tuple(candidate.report for candidate in made)

@@ -98,7 +98,7 @@ def test_files_have_the_names_that_loaders_look_for(tmp_path: Path) -> None:
     assert names == {
         "torchscript fp32": ["torchscript/model.pt"],
         "torchscript bf16": ["torchscript/model_bf16.pt"],
-        "onnx fp32": ["onnx/model.onnx"],
-        "openvino fp32": ["openvino/openvino_model.bin", "openvino/openvino_model.xml"],
+        "onnx fp32": ["onnx/export.json", "onnx/model.onnx", "onnx/model.onnx.data"],
+        "openvino fp32": ["openvino/export.json", "openvino/openvino_model.bin", "openvino/openvino_model.xml"],
         "openvino bf16": ["openvino/openvino_model_bf16.bin", "openvino/openvino_model_bf16.xml"],
     }

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiler.exported import describe
 from compiler.types import Artifact, Model, Precision, Runner, Target
 from compiler.workers import THREADS
 
@@ -47,7 +48,8 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
         opset_version=target.opset,
     )
     with _marked(model):
-        program = OnnxExporter().export(model.module, dict(model.example), config).program
+        exported = OnnxExporter().export(model.module, dict(model.example), config)
+    program = exported.program
     _drop_paths(program)
     fused = onnx_graph.fuse(program)
     _name_axes(program.graph)
@@ -56,6 +58,7 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     weights = sum(value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value)
     # Loaders look for weights inside the file, or, past what a protobuf holds, in `<file>_data`.
     onnx_ir.save(program, str(path), external_data=None if weights < INLINE_BYTES else f"{path.name}_data")
+    describe(path, exported)
     return {"opset": program.graph.opset_imports[""], "fusions": fusions(program.graph, fused)}
 
 

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiler.exported import describe
 from compiler.types import Artifact, Model, Precision, Runner, Target
 from compiler.workers import THREADS
 
 if TYPE_CHECKING:
     import numpy as np
     import openvino
+    from transformers.exporters import ExportedModel
 
 LIBRARIES = ("torch", "transformers", "sympy", "openvino", "numpy")
 # bf16 is the fp32 graph with its weights rounded: a second trace would cost seconds and round the norms as well.
@@ -61,16 +63,16 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     dynamic = torch.export.Dim.DYNAMIC
     config = OpenVINOConfig(dynamic=True, dynamic_shapes={name: {0: dynamic, 1: dynamic} for name in model.inputs})
     if (rewrite := model.rewrites.get("padding_free")) is None:
-        program = OpenVINOExporter().export(model.module, dict(model.example), config).program
+        exported = OpenVINOExporter().export(model.module, dict(model.example), config)
         if model.positions is not None:
-            _tabulate_positions(program, model.positions)
-        return _save(program, out, target.precision)
+            _tabulate_positions(exported.program, model.positions)
+        return _save(exported.program, out, target.precision, exported)
     with rewrite.applied(model.module, Marked), _converted_twice() as packed:
-        dense = OpenVINOExporter().export(model.module, dict(model.example), config).program
-    program = openvino_graph.join(dense, packed[0])
+        exported = OpenVINOExporter().export(model.module, dict(model.example), config)
+    program = openvino_graph.join(exported.program, packed[0])
     # A model may have an `If` of its own; this says that the one on top is ours, also to who reads the file again.
     program.set_rt_info(str(rewrite.count), ["padding_free"])
-    return _save(program, out, target.precision)
+    return _save(program, out, target.precision, exported)
 
 
 @contextlib.contextmanager
@@ -232,12 +234,14 @@ def _mark_rounded(path: Path) -> None:
     tree.write(path, encoding="utf-8", xml_declaration=True)
 
 
-def _save(program: openvino.Model, out: Path, precision: Precision) -> dict[str, Any]:
+def _save(program: openvino.Model, out: Path, precision: Precision, exported: ExportedModel | None = None) -> dict[str, Any]:
     import openvino
 
     path = out / files(precision)[0]
     path.parent.mkdir(parents=True)
     openvino.save_model(program, str(path), compress_to_fp16=False)
+    if exported is not None:
+        describe(path, exported)
     return {"opset": None, "fusions": _fusions(program)}
 
 

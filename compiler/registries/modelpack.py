@@ -102,7 +102,7 @@ def _layer(file: File, media_type: str) -> dict[str, Any]:
 
 def _media_type(path: str, manifest: Manifest) -> str:
     if any(file.path == path for artifact in manifest.artifacts for file in artifact.files):
-        return WEIGHT
+        return WEIGHT_CONFIG if path.endswith(".json") else WEIGHT
     if path == SAMPLES:
         return DATASET
     if path in (VALIDATION, *OUTSIDE) or _DOCUMENTS.match(PurePosixPath(path).name):
