@@ -24,8 +24,8 @@ from compiler.errors import NumericsError, StageError
 from compiler.hashing import hash_file
 from compiler.manifest import MANIFEST, from_bytes
 from compiler.numerics import Array, Case
-from compiler.pipeline import plan_model
 from compiler.samples import NONE, read_cases
+from compiler.spine import plan_model
 from compiler.stages.load import SAMPLES, load
 from compiler.store import Store
 from compiler.types import Artifact, Target
