@@ -18,15 +18,23 @@ from compiler.config import ModelSpec
 from compiler.errors import ConfigError
 from compiler.hashing import digest, file_sha256, hash_files
 from compiler.manifest import differences
-from compiler.sources import check_tokenizer, infer_task
+from compiler.modalities import MODALITIES
+from compiler.sources import infer_task
 from compiler.store import Step, Store
-from compiler.tasks import parse_line
+from compiler.tasks import FILES, TASKS, parse_line
 from compiler.types import Snapshot, Target
 from compiler.workers import LOAD_THREADS, THREADS
 
 PACKAGE = Path(__file__).parent
 # Text of the compiler's own, for a model whose user names none.
 BUILTIN_TEXT = PACKAGE / "data" / "validation.jsonl"
+# The same for what other tasks read.
+BUILTIN = {
+    "multiple-choice": PACKAGE / "data" / "choices.jsonl",
+    "image": PACKAGE / "data" / "images.jsonl",
+    "image-text": PACKAGE / "data" / "images.jsonl",
+    "audio": PACKAGE / "data" / "sounds.jsonl",
+}
 LOAD_LIBRARIES = (
     "accelerate",
     "gguf",
@@ -101,7 +109,7 @@ class Plan:
     def libraries(self) -> dict[str, str]:
         """The version of every distribution that shapes the release."""
         formats = {name for target in self.exports for name in BACKENDS[target.format].LIBRARIES}
-        names = {*LOAD_LIBRARIES, *PACKAGE_LIBRARIES, *formats}
+        names = {*_load_libraries(self.task), *PACKAGE_LIBRARIES, *formats}
         return {name: version(name) for name in sorted(names)}
 
     @property
@@ -146,7 +154,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         SourceError: the task cannot be inferred.
     """
     task: str = spec.task or infer_task(snapshot)
-    check_tokenizer(snapshot)
+    MODALITIES[TASKS[task].modality].check(snapshot)
     texts = read_texts(spec, task, folder)
     checkpoint = {f"source {file.path}": file.sha256 for file in snapshot.files if not file.path.endswith(DOCUMENTS)}
     common = {"task": task, "trust_remote_code": str(spec.trust_remote_code), **checkpoint}
@@ -168,7 +176,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             "threads": str(LOAD_THREADS),
             "cpu": cpu.features(),
         },
-        LOAD_LIBRARIES,
+        _load_libraries(task),
     )
     exports: dict[Target, Step] = {}
 
@@ -182,7 +190,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             else:
                 source = Target(target.format, precision, target.opset)
                 inputs[f"step export {source}"] = add(source).key
-            libraries = {*backend.LIBRARIES, *(() if precision else LOAD_LIBRARIES)}
+            libraries = {*backend.LIBRARIES, *(() if precision else _load_libraries(task))}
             exports[target] = step("export", str(target), inputs, libraries, target.format)
         return exports[target]
 
@@ -225,10 +233,16 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
     return Plan(spec, task, snapshot, texts, load, exports, validates, package)
 
 
+def _load_libraries(task: str) -> tuple[str, ...]:
+    return (*LOAD_LIBRARIES, *MODALITIES[TASKS[task].modality].LIBRARIES)
+
+
 def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
-    """The validation text of a model, or the compiler's own."""
+    """The validation text, images or sound of a model, or the compiler's own. The files that lines name count in the hash."""
     named = spec.data.validation
-    path = BUILTIN_TEXT if named is None else folder / named.path
+    entry = TASKS[task]
+    own = BUILTIN.get(task) or BUILTIN.get(entry.modality) or BUILTIN_TEXT
+    path = own if named is None else folder / named.path
     name = "built-in" if named is None else Path(named.path).name
     try:
         read = path.read_bytes()
@@ -242,9 +256,25 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
     )
     if not lines:
         raise ConfigError(f"data.validation: {path}: holds no line; give one JSON object a line")
+    sha256 = hashlib.sha256(read).hexdigest()
+    if entry.fields[0] in FILES:
+        lines = tuple((str(path.parent / line[0]), *line[1:]) for line in lines)
+        return Texts(name, digest([sha256, *(_content(line[0], entry.fields[0]) for line in lines)]), lines)
     if len({len(line) for line in lines}) > 1:
+        if task == "multiple-choice":
+            raise ConfigError(f"data.validation: {path}: the lines have different numbers of choices; give all of them as many")
         raise ConfigError(f"data.validation: {path}: some lines have a text_pair and some have none; give all of them one")
-    return Texts(name, hashlib.sha256(read).hexdigest(), lines)
+    return Texts(name, sha256, lines)
+
+
+def _content(path: str, field: str) -> str:
+    """The hash of a file that a line of data names. Raises ConfigError when it is not there."""
+    try:
+        return file_sha256(Path(path))
+    except OSError as error:
+        raise ConfigError(
+            f"data.validation: {path}: cannot be read ({error.strerror}); {field} is a path relative to the data file"
+        ) from error
 
 
 def _portable(path: str) -> str:

@@ -20,6 +20,7 @@ from compiler.sources import resolve
 from compiler.stages.export import export
 from compiler.stages.load import REFERENCE, SAMPLES, reference
 from compiler.stages.validate import validate
+from compiler.tasks import TASKS
 from compiler.types import Artifact, Target
 from tests.zoo import ALL, ZOO, save_checkpoint
 
@@ -46,7 +47,8 @@ class Prepared:
         self.snapshot = resolve(spec, folder)
         (folder / "reference").mkdir()
         texts = read_texts(spec, task, folder).lines
-        self.known = reference(folder / "reference", self.snapshot, task, texts, BATCHES, SEQUENCES, {})
+        sequences = SEQUENCES if TASKS[task].modality == "text" else None
+        self.known = reference(folder / "reference", self.snapshot, task, texts, BATCHES, sequences, {})
 
     def export(self, target: Target) -> tuple[Path, Artifact]:
         backend = BACKENDS[target.format]
@@ -60,7 +62,14 @@ class Prepared:
         return out, Artifact(target.format, target.precision, files, backend.runtime(target.precision), key="")
 
 
-@pytest.fixture(scope="module", params=[(name, task) for name in ZOO for task in ZOO[name].tasks], ids="-".join)
+COMBINATIONS = [
+    pytest.param((name, task), marks=pytest.mark.slow if task in architecture.slow else ())
+    for name, architecture in ZOO.items()
+    for task in architecture.tasks
+]
+
+
+@pytest.fixture(scope="module", params=COMBINATIONS, ids="-".join)
 def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
     architecture, task = request.param
     yield Prepared(tmp_path_factory.mktemp(f"{architecture}-{task}"), architecture, task)

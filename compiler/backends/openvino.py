@@ -55,8 +55,7 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     from compiler.fusions import openvino_graph
     from compiler.fusions.padding_free import Marked
 
-    dynamic = torch.export.Dim.DYNAMIC
-    config = OpenVINOConfig(dynamic=True, dynamic_shapes={name: {0: dynamic, 1: dynamic} for name in model.inputs})
+    config = OpenVINOConfig(dynamic=True, dynamic_shapes=model.dynamic_axes(torch.export.Dim.DYNAMIC))
     if (rewrite := model.rewrites.get("padding_free")) is None:
         program = OpenVINOExporter().export(model.module, dict(model.example), config).program
         if model.positions is not None:
