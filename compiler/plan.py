@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,13 @@ DOCUMENTS = (".md", "LICENSE", "NOTICE")
 
 @dataclass(frozen=True)
 class Texts:
-    """The lines of a data file, parsed for the task. `name` is what the manifest calls it, `sha256` the file's (hex)."""
+    """The lines of a data file, parsed for the task. `name` is what the manifest calls it, `sha256` the file's (hex), and
+    `files` those of the images or sounds that its lines name, by their paths relative to it."""
 
     name: str
     sha256: str
     lines: tuple[tuple[str, ...], ...]
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ class Plan:
                 for precision in sorted({target.precision for target in self.validates})
             },
         }
+        if spec.sentence_embedding:
+            entry["sentence_embedding"] = True
         if named is not None:
             entry["data"] = {"validation": {"path": _portable(named.path)}}
         return entry
@@ -155,9 +159,13 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
     """
     task: str = spec.task or infer_task(snapshot)
     MODALITIES[TASKS[task].modality].check(snapshot)
+    if spec.sentence_embedding and task != "feature-extraction":
+        raise ConfigError(f"{spec}: sentence_embedding: is an output of feature-extraction, and the task is {task}; leave it out")
     texts = read_texts(spec, task, folder)
     checkpoint = {f"source {file.path}": file.sha256 for file in snapshot.files if not file.path.endswith(DOCUMENTS)}
     common = {"task": task, "trust_remote_code": str(spec.trust_remote_code), **checkpoint}
+    if spec.sentence_embedding:
+        common["sentence_embedding"] = str(True)
 
     def step(stage: str, target: str, inputs: Mapping[str, str], libraries: Iterable[str], backend: str = "") -> Step:
         used = {name: version(name) for name in libraries} | {"code": _code()}
@@ -171,6 +179,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         common
         | {
             "data": texts.sha256,
+            **{f"data {name}": sha256 for name, sha256 in texts.files.items()},
             "batch": " ".join(map(str, spec.shapes.batch)),
             "sequence": " ".join(map(str, spec.shapes.sequence or ())) or "default",
             "threads": str(LOAD_THREADS),
@@ -238,7 +247,7 @@ def _load_libraries(task: str) -> tuple[str, ...]:
 
 
 def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
-    """The validation text, images or sound of a model, or the compiler's own. The files that lines name count in the hash."""
+    """The validation text, images or sound of a model, or the compiler's own."""
     named = spec.data.validation
     entry = TASKS[task]
     own = BUILTIN.get(task) or BUILTIN.get(entry.modality) or BUILTIN_TEXT
@@ -258,8 +267,8 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
         raise ConfigError(f"data.validation: {path}: holds no line; give one JSON object a line")
     sha256 = hashlib.sha256(read).hexdigest()
     if entry.fields[0] in FILES:
-        lines = tuple((str(path.parent / line[0]), *line[1:]) for line in lines)
-        return Texts(name, digest([sha256, *(_content(line[0], entry.fields[0]) for line in lines)]), lines)
+        files = {_portable(line[0]): _content(path.parent / line[0], entry.fields[0]) for line in lines}
+        return Texts(name, sha256, tuple((str(path.parent / line[0]), *line[1:]) for line in lines), files)
     if len({len(line) for line in lines}) > 1:
         if task == "multiple-choice":
             raise ConfigError(f"data.validation: {path}: the lines have different numbers of choices; give all of them as many")
@@ -267,13 +276,14 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
     return Texts(name, sha256, lines)
 
 
-def _content(path: str, field: str) -> str:
+def _content(path: Path, kind: str) -> str:
     """The hash of a file that a line of data names. Raises ConfigError when it is not there."""
     try:
-        return file_sha256(Path(path))
-    except OSError as error:
+        return file_sha256(path)
+    except (OSError, ValueError) as error:  # a path may hold a null
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"data.validation: {path}: cannot be read ({error.strerror}); {field} is a path relative to the data file"
+            f"data.validation: {path}: cannot be read ({reason}); {kind} is a path relative to the data file"
         ) from error
 
 

@@ -69,6 +69,8 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
         return value.to(precision) if value.is_floating_point() else value  # pixels and samples come as fp32
 
     weights = linears.weights(module, {name: cast(value) for name, value in example.items()})
+    if not weights.packs:  # torch traces no empty list
+        weights.packs.append(weights.add(torch.zeros(1, 1)))
     stand_ins = [weights.tensors[place] for place in weights.packs]
 
     def trace(forward: Callable[..., Any]) -> tuple[Any, dict[str, int]]:

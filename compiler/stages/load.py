@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiler.embedding import with_sentence_embedding
 from compiler.errors import SourceError, StageError
 from compiler.hashing import hash_files
 from compiler.modalities import MODALITIES
@@ -54,9 +55,10 @@ def load(
     *,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    sentence_embedding: bool = False,
     aside: Path | None = None,
 ) -> Model:
-    """Load a checkpoint in eager fp32. Temporary files go below `aside`, which somebody sweeps when this process is killed.
+    """Load a checkpoint in eager fp32, with `sentence_embedding` among its outputs if that is wanted. Temporary files go below `aside`, which somebody sweeps when this process is killed.
 
     Raises:
         SourceError: a file is damaged, or changed since it was hashed; the architecture is unknown or has no head for the
@@ -93,6 +95,8 @@ def load(
             raise SourceError(f"{snapshot.uri}: its weights are a pickle; set allow_pickle: true to open it")
         module, left_out = _weights(automatic, folder, snapshot, task, extra)
 
+    if sentence_embedding:
+        module = with_sentence_embedding(module, snapshot)
     module.eval().requires_grad_(False)
     return Model(
         module=module,
