@@ -54,7 +54,7 @@ class Subject:
 @dataclass(frozen=True)
 class Timing:
     """One subject at one shape. Latencies in milliseconds a batch; `ratio` is the eager original's over it, the median of
-    the rounds; `texts_per_second` is of the median latency."""
+    the rounds; `texts_per_second`, or images or sounds, is of the median latency."""
 
     subject: str
     shape: str

@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from compiler.errors import SourceError
@@ -92,15 +92,17 @@ def _steps(snapshot: Snapshot) -> list[torch.nn.Module]:
     if "modules.json" not in names:
         raise SourceError(f"{snapshot.uri}: no modules.json, which says how {NAME} is made; leave sentence_embedding out")
     steps: list[torch.nn.Module] = []
-    for entry in _read(snapshot.root / "modules.json", list)[1:]:
-        kind, folder = str(entry.get("type", "")).rpartition(".")[2], Path(str(entry.get("path", "")))
+    entries = _read(snapshot, "modules.json")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SourceError("modules.json: not a list of modules; fetch the checkpoint again")
+    for entry in entries[1:]:
+        kind, folder = str(entry.get("type", "")).rpartition(".")[2], str(PurePosixPath(str(entry.get("path", ""))))
         if kind == "Pooling":
-            modes = _modes(_read(snapshot.root / folder / "config.json", dict), f"{folder}/config.json")
-            steps.append(Step(_pool(modes)))
+            steps.append(Step(_pool(_modes(_settings(snapshot, folder), f"{folder}/config.json"))))
         elif kind == "Normalize":
             steps.append(Step(lambda vectors, mask: torch.nn.functional.normalize(vectors, dim=-1)))
         elif kind == "Dense" and f"{folder}/model.safetensors" in names:
-            steps.append(Dense(*_dense(snapshot.root / folder, str(folder))))
+            steps.append(Dense(*_dense(snapshot, folder)))
         else:
             raise SourceError(f"modules.json: {kind or entry} cannot be put into the graph; leave sentence_embedding out")
     if not steps or not isinstance(steps[0], Step):
@@ -108,24 +110,33 @@ def _steps(snapshot: Snapshot) -> list[torch.nn.Module]:
     return steps
 
 
-def _read(path: Path, kind: type) -> Any:
+def _read(snapshot: Snapshot, name: str) -> Any:
+    """A JSON file among those of the checkpoint that were hashed."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if name not in {file.path for file in snapshot.files}:
+            raise SourceError(f"{name}: missing, and modules.json names its folder; fetch the checkpoint again")
+        return json.loads((snapshot.root / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path.parent.name}/{path.name}: cannot be read as JSON; fetch the checkpoint again") from error
-    if not isinstance(content, kind) or (kind is list and not all(isinstance(entry, dict) for entry in content)):
-        raise SourceError(f"{path.parent.name}/{path.name}: not what sentence-transformers writes; fetch the checkpoint again")
-    return content
+        raise SourceError(f"{name}: cannot be read as JSON; fetch the checkpoint again") from error
+
+
+def _settings(snapshot: Snapshot, folder: str) -> dict[str, Any]:
+    settings = _read(snapshot, f"{folder}/config.json")
+    if not isinstance(settings, dict):
+        raise SourceError(f"{folder}/config.json: not a JSON object; fetch the checkpoint again")
+    return settings
 
 
 def _modes(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """The poolings whose results are put one behind the other, in the order of sentence-transformers."""
-    named = config.get("pooling_mode", [mode for key, mode in POOLING.items() if config.get(key) is True] or "mean")
+    named: Any = config.get("pooling_mode", [mode for key, mode in POOLING.items() if config.get(key) is True] or "mean")
     modes = (named,) if isinstance(named, str) else tuple(named)
     if unknown := [mode for mode in modes if mode not in POOLING.values() or mode == "weightedmean"]:
         raise SourceError(f"{where}: pooling {', '.join(map(str, unknown))} is not known here; leave sentence_embedding out")
     if config.get("include_prompt") is False:
-        raise SourceError(f"{where}: leaves a prompt out of the pooling, which no graph knows of; leave sentence_embedding out")
+        raise SourceError(
+            f"{where}: leaves a prompt out of the pooling, which no graph knows of; leave sentence_embedding out"
+        )
     return modes
 
 
@@ -157,15 +168,14 @@ def _pool(modes: tuple[str, ...]) -> Callable[[torch.Tensor, torch.Tensor], torc
     return pool
 
 
-def _dense(folder: Path, name: str) -> tuple[torch.nn.Linear, torch.nn.Module]:
+def _dense(snapshot: Snapshot, folder: str) -> tuple[torch.nn.Linear, torch.nn.Module]:
     import torch
     from safetensors.torch import load_file
 
-    config = _read(folder / "config.json", dict)
-    activation = str(config.get("activation_function", "Tanh")).rpartition(".")[2]
-    weights = load_file(folder / "model.safetensors")
+    activation = str(_settings(snapshot, folder).get("activation_function", "Tanh")).rpartition(".")[2]
+    weights = load_file(snapshot.root / folder / "model.safetensors")
     if activation not in ACTIVATIONS or "linear.weight" not in weights:
-        raise SourceError(f"{name}: {activation} or its weights are not known here; leave sentence_embedding out")
+        raise SourceError(f"{folder}: {activation} or its weights are not known here; leave sentence_embedding out")
     width, size = weights["linear.weight"].shape
     linear = torch.nn.Linear(size, width, bias="linear.bias" in weights)
     linear.load_state_dict({key.removeprefix("linear."): value.float() for key, value in weights.items()})

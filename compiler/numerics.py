@@ -24,7 +24,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """One sample: its name (what kind of padding), and its inputs, the first of which gives it its shape.
+    """One sample: its name (what kind of padding), and its inputs; the first of them gives it its shape.
 
     `real` says of outputs along an axis that no input has (the frames of a sound) which count, bool `[batch, axis]`; all of
     them where it says nothing. `shapes` are those of outputs with such an axis.
@@ -41,7 +41,7 @@ class Case:
 
     @property
     def mask(self) -> Array:
-        """True at what is real of the first input: at the tokens of `[batch, sequence]`; everywhere, where there is no mask."""
+        """True at what is real of the first input, such as the tokens of `[batch, sequence]`; everywhere without a mask."""
         first = next(iter(self.inputs.values()))
         mask: Array = self.inputs.get("attention_mask", np.ones(first.shape)).astype(bool)
         return mask

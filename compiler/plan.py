@@ -160,7 +160,9 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
     task: str = spec.task or infer_task(snapshot)
     MODALITIES[TASKS[task].modality].check(snapshot)
     if spec.sentence_embedding and task != "feature-extraction":
-        raise ConfigError(f"{spec}: sentence_embedding: is an output of feature-extraction, and the task is {task}; leave it out")
+        raise ConfigError(
+            f"{spec}: sentence_embedding: is an output of feature-extraction, and the task is {task}; leave it out"
+        )
     texts = read_texts(spec, task, folder)
     checkpoint = {f"source {file.path}": file.sha256 for file in snapshot.files if not file.path.endswith(DOCUMENTS)}
     common = {"task": task, "trust_remote_code": str(spec.trust_remote_code), **checkpoint}
@@ -271,7 +273,9 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
         return Texts(name, sha256, tuple((str(path.parent / line[0]), *line[1:]) for line in lines), files)
     if len({len(line) for line in lines}) > 1:
         if task == "multiple-choice":
-            raise ConfigError(f"data.validation: {path}: the lines have different numbers of choices; give all of them as many")
+            raise ConfigError(
+                f"data.validation: {path}: the lines have different numbers of choices; give all of them as many"
+            )
         raise ConfigError(f"data.validation: {path}: some lines have a text_pair and some have none; give all of them one")
     return Texts(name, sha256, lines)
 

@@ -364,7 +364,9 @@ def _processor(snapshot: Snapshot) -> dict[str, Any]:
             settings = _read_json(snapshot.root / name, name)
             if not isinstance(settings, dict):
                 raise SourceError(f"{name}: not a JSON object; fetch the checkpoint again")
-            found = settings if name == PROCESSOR_FILES[0] else settings.get("image_processor", settings.get("feature_extractor"))
+            found = (
+                settings if name == PROCESSOR_FILES[0] else settings.get("image_processor", settings.get("feature_extractor"))
+            )
             if isinstance(found, dict) and found:
                 return found
     return {}

@@ -1,4 +1,4 @@
-"""What a task is: which heads mean it, what its inputs are made of, and which fields of a data file it reads. Imports no torch.
+"""What a task is: which heads mean it, what its inputs are made of, which fields of a data file it reads. Imports no torch.
 
 optimum's `TasksManager` turns a task into transformers' auto class (`compiler.stages.load`); this table adds only what it
 cannot tell: a task from a local folder's config, and how a line of data becomes the model's input.
@@ -101,9 +101,9 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
         if name not in line and name in entry.optional:
             continue
         value = line.get(name)
-        found = value if name in LISTS else [value]
-        whole = isinstance(found, list) and all(isinstance(one, str) and one.strip() for one in found)
-        if not whole or len(found) < LISTS.get(name, 1):
+        given: Any = value if name in LISTS else [value]
+        found = given if isinstance(given, list) else []
+        if len(found) < LISTS.get(name, 1) or not all(isinstance(one, str) and one.strip() for one in found):
             kind = f"list of {LISTS[name]} or more texts" if name in LISTS else "text"
             raise ConfigError(
                 f"{where}: field {name!r} is missing, empty or not a {kind}; a line for {task} is {example(task)}"

@@ -1,6 +1,6 @@
 """Make the images and sounds that the compiler ships as samples: `python data/make_samples.py`, from the checkout.
 
-The images are scenes drawn with PIL: gradients, shapes at several depths, blur and sensor noise, so that their edges, textures
+The images are scenes drawn with PIL: gradients, shapes at several depths, blur and noise, so that their edges, textures
 and colours are those of small photographs. The sounds are synthesized with numpy at 16 kHz: vowels (a glottal pulse train
 through formant resonators, G. Fant's source-filter model), a plucked string (K. Karplus and A. Strong, 1983), a bird, and rain.
 Nobody's photograph or voice is in them.
@@ -87,7 +87,9 @@ def apple() -> Image.Image:
     image = image.filter(ImageFilter.GaussianBlur(3))
     draw = ImageDraw.Draw(image)
     for step in range(26):
-        draw.ellipse((42 + step, 42 + step, 122 - step * 1.4, 126 - step * 1.4), fill=(140 + 4 * step, 18 + 3 * step, 22 + 2 * step))
+        draw.ellipse(
+            (42 + step, 42 + step, 122 - step * 1.4, 126 - step * 1.4), fill=(140 + 4 * step, 18 + 3 * step, 22 + 2 * step)
+        )
     draw.line((82, 46, 90, 26), fill=(64, 44, 26), width=4)
     draw.ellipse((90, 24, 116, 38), fill=(76, 128, 52))
     return finish(image, 4)
@@ -106,7 +108,10 @@ def forest() -> Image.Image:
         for part in range(3):
             width = (9 + 12 * depth) * (1 + part * 0.45)
             top = base - height + part * height / 4
-            draw.polygon([(x, top), (x - width, top + height / 2.4), (x + width, top + height / 2.4)], fill=(shade // 2, shade, shade // 2))
+            draw.polygon(
+                [(x, top), (x - width, top + height / 2.4), (x + width, top + height / 2.4)],
+                fill=(shade // 2, shade, shade // 2),
+            )
     return finish(image, 5)
 
 
@@ -182,7 +187,9 @@ def rain() -> Array:
     for _ in range(40):
         start = int(random.integers(0, length - 200))
         time = np.arange(200) / RATE
-        out[start : start + 200] += random.uniform(0.3, 1) * np.exp(-time * 500) * np.sin(2 * np.pi * random.uniform(900, 3000) * time)
+        out[start : start + 200] += (
+            random.uniform(0.3, 1) * np.exp(-time * 500) * np.sin(2 * np.pi * random.uniform(900, 3000) * time)
+        )
     return out
 
 

@@ -19,7 +19,13 @@ BERT_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "
 ROBERTA_TOKENS = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
 ALL = tuple(task for task, entry in TASKS.items() if entry.modality == "text")
 # The processor of images of 32 by 32, by the class that the checkpoints of an architecture name.
-NORMAL = {"do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "do_resize": True, "resample": 2}
+NORMAL = {
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.25, 0.25, 0.25],
+    "do_resize": True,
+    "resample": 2,
+}
 SQUARE = {**NORMAL, "image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
 CROPPED = {**NORMAL, "image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}, "crop_pct": 0.875}
 CENTRED = {
@@ -167,7 +173,13 @@ ZOO = {
         Architecture(
             "clip",
             {
-                "text_config": {**HALF, "max_position_embeddings": 24, "eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 0},
+                "text_config": {
+                    **HALF,
+                    "max_position_embeddings": 24,
+                    "eos_token_id": 3,
+                    "bos_token_id": 2,
+                    "pad_token_id": 0,
+                },
                 "vision_config": {**HALF, "image_size": 32, "patch_size": 8},
                 "projection_dim": 16,
             },

@@ -99,9 +99,7 @@ def assemble(inputs: Sequence[str], dense: Any, packed: Any, weights: Weights) -
             return outputs
 
     class MaskedSound(Held):
-        def forward(
-            self, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None
-        ) -> dict[str, torch.Tensor]:
+        def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
             mask = torch.ones_like(input_values, dtype=torch.int64) if attention_mask is None else attention_mask
             if mask.shape != input_values.shape:
                 raise ValueError("attention_mask: must be [batch, samples], as input_values is; 0 at padding")

@@ -63,9 +63,7 @@ class Modality(Protocol):
     def probes(self, model: Model) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:
         """Two inputs whose dynamic axes have no size in common, to see which axes of the outputs follow them."""
 
-    def samples(
-        self, model: Model, lines: Sequence[Line], batches: Sequence[int], sequences: Sequence[int] | None
-    ) -> Samples:
+    def samples(self, model: Model, lines: Sequence[Line], batches: Sequence[int], sequences: Sequence[int] | None) -> Samples:
         """The cases of the gate, from the lines of a data file. Raises ConfigError when a line or a shape does not fit."""
 
 

@@ -8,7 +8,7 @@ from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiler.errors import ConfigError, SourceError
+from compiler.errors import ConfigError
 from compiler.modalities.image import check_runs
 from compiler.numerics import Case
 from compiler.samples import BATCH, NONE, RIGHT
@@ -62,7 +62,9 @@ def prepare(module: torch.nn.Module, processor: Any, task: str, uri: str) -> dic
     return {"axes": axes, "example": example, "positions": None}
 
 
-def features(processor: Any, sounds: Sequence[np.ndarray[Any, Any]], *, twice: bool = False) -> dict[str, np.ndarray[Any, Any]]:
+def features(
+    processor: Any, sounds: Sequence[np.ndarray[Any, Any]], *, twice: bool = False
+) -> dict[str, np.ndarray[Any, Any]]:
     """Sounds, float32 `[samples]` at the processor's rate, as the model takes them, padded to the longest: float32
     `[batch, samples]`, and int64 `attention_mask` where the processor says that the model wants one. With `twice`, each is
     repeated once."""
@@ -102,7 +104,9 @@ def read(path: str) -> tuple[np.ndarray[Any, Any], int]:
             width, channels, rate = stream.getsampwidth(), stream.getnchannels(), stream.getframerate()
             content = stream.readframes(stream.getnframes())
     except (wave.Error, EOFError, OSError) as error:
-        raise ConfigError(f"data.validation: {path}: not a sound that can be read ({error or 'cut short'}); {advice}") from error
+        raise ConfigError(
+            f"data.validation: {path}: not a sound that can be read ({error or 'cut short'}); {advice}"
+        ) from error
     content = content[: len(content) - len(content) % (width * channels)]
     if not content or not rate:
         raise ConfigError(f"data.validation: {path}: holds no sound; {advice}")
@@ -153,7 +157,7 @@ def samples(
         raise ConfigError("shapes.sequence: is for text, in tokens; a model of sound has none: leave it out")
     wanted = int(model.processor.sampling_rate)
     every, others = [], set()
-    for (path, *_) in lines[:MAX_SOUNDS]:
+    for path, *_ in lines[:MAX_SOUNDS]:
         sound, rate = read(path)
         others |= {rate} - {wanted}
         every.append(resample(sound, rate, wanted)[: int(MAX_SECONDS * wanted)])

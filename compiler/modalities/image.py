@@ -85,7 +85,8 @@ def check_runs(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], uri:
 
 
 def takes_any_size(module: torch.nn.Module, pixels: torch.Tensor) -> bool:
-    """Whether a model is indifferent to the size of an image: one of convolutions alone. Attention has positions or windows."""
+    """Whether a model is indifferent to the size of an image: one of convolutions alone. Attention has positions or
+    windows."""
     import torch
 
     config: Any = module.config
@@ -103,8 +104,7 @@ def _larger(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Images that are taller by half and a little wider, by their mirror image."""
     import numpy as np
 
-    height, width = pixels.shape[2:]
-    return np.pad(pixels, ((0, 0), (0, 0), (0, height // 2 + 1), (0, 5)), mode="reflect")
+    return np.pad(pixels, ((0, 0), (0, 0), (0, pixels.shape[2] // 2 + 1), (0, 5)), mode="reflect")
 
 
 def probes(model: Model) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:

@@ -46,7 +46,9 @@ def prepare(module: torch.nn.Module, processor: Any, task: str, uri: str) -> dic
         and not (name == "token_type_ids" and getattr(config, "type_vocab_size", 1) == 0)
     )
     if not {"input_ids", "attention_mask"} <= set(inputs):
-        raise SourceError(f"{uri}: {type(module).__name__} takes no input_ids with an attention_mask; it is no encoder of text")
+        raise SourceError(
+            f"{uri}: {type(module).__name__} takes no input_ids with an attention_mask; it is no encoder of text"
+        )
     axes = ("batch", "choices", "sequence") if task == "multiple-choice" else ("batch", "sequence")
     return {
         "axes": dict.fromkeys(inputs, axes),

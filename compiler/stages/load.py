@@ -58,7 +58,8 @@ def load(
     sentence_embedding: bool = False,
     aside: Path | None = None,
 ) -> Model:
-    """Load a checkpoint in eager fp32, with `sentence_embedding` among its outputs if that is wanted. Temporary files go below `aside`, which somebody sweeps when this process is killed.
+    """Load a checkpoint in eager fp32, with `sentence_embedding` among its outputs if that is wanted. Temporary files go below
+    `aside`, which somebody sweeps when this process is killed.
 
     Raises:
         SourceError: a file is damaged, or changed since it was hashed; the architecture is unknown or has no head for the
@@ -94,9 +95,9 @@ def load(
         if _is_pickle(snapshot) and not allow_pickle:
             raise SourceError(f"{snapshot.uri}: its weights are a pickle; set allow_pickle: true to open it")
         module, left_out = _weights(automatic, folder, snapshot, task, extra)
+        if sentence_embedding:
+            module = with_sentence_embedding(module, snapshot)
 
-    if sentence_embedding:
-        module = with_sentence_embedding(module, snapshot)
     module.eval().requires_grad_(False)
     return Model(
         module=module,
