@@ -58,8 +58,8 @@ def with_sentence_embedding(module: Any, snapshot: Snapshot) -> Any:
             vectors = outputs["last_hidden_state"]
             for step in self.steps:
                 vectors = step(vectors, kwargs["attention_mask"])
-            outputs[NAME] = vectors
-            return outputs
+            # A plain dict: transformers' own classes of outputs take no other names.
+            return {**{name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}, NAME: vectors}
 
     Embedder.forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     Embedder.__name__ = type(module).__name__
