@@ -99,7 +99,7 @@ def write(
         except SourceError as error:
             raise SourceError(str(error).replace("set task: to", "give --task,")) from error
     modality = TASKS[task].modality
-    MODALITIES[modality].check(snapshot)
+    MODALITIES[modality].check(snapshot, task)
     positions = config.get("max_position_embeddings")
     limit = positions if isinstance(positions, int) and positions > 5 else 128
     chosen = {

@@ -79,12 +79,13 @@ def rows(output: Array, tensor: Tensor, case: Case, keep: int | None = None) -> 
     mask = case.along(tensor)
     if mask is not None and len(tensor.shape) == 2:
         return Rows(values, [(row,) for row in range(len(values))], mask)
+    counts = case.counts.get(tensor.name, np.ones(values.shape[:1], dtype=bool))
     if mask is not None:
         where = np.argwhere(mask)
     elif len(tensor.shape) == 3 and isinstance(tensor.shape[0], str):  # the vectors of an image's patches, a sound's frames
-        where = np.argwhere(np.ones(values.shape[:2], dtype=bool))
+        where = np.argwhere(np.broadcast_to(counts[:, None], values.shape[:2]))
     elif tensor.shape and isinstance(tensor.shape[0], str):
-        where = np.argwhere(case.counts.get(tensor.name, np.ones(len(values), dtype=bool)))
+        where = np.argwhere(counts)
     else:
         where = np.zeros((1, 0), dtype=int)
     if keep is not None and len(where) > keep:

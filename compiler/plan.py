@@ -158,7 +158,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         SourceError: the task cannot be inferred.
     """
     task: str = spec.task or infer_task(snapshot)
-    MODALITIES[TASKS[task].modality].check(snapshot)
+    MODALITIES[TASKS[task].modality].check(snapshot, task)
     if spec.sentence_embedding and task != "feature-extraction":
         raise ConfigError(
             f"{spec}: sentence_embedding: is an output of feature-extraction, and the task is {task}; leave it out"
@@ -269,7 +269,11 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
         raise ConfigError(f"data.validation: {path}: holds no line; give one JSON object a line")
     sha256 = hashlib.sha256(read).hexdigest()
     if entry.fields[0] in FILES:
-        files = {_portable(line[0]): _content(path.parent / line[0], entry.fields[0]) for line in lines}
+        found: dict[str, list[str]] = {}
+        for line in lines:
+            found.setdefault(_portable(line[0]), []).append(_content(path.parent / line[0], entry.fields[0]))
+        # Of absolute paths only the name is kept, which several may have.
+        files = {name: hashes[0] if len({*hashes}) == 1 else digest(hashes) for name, hashes in found.items()}
         return Texts(name, sha256, tuple((str(path.parent / line[0]), *line[1:]) for line in lines), files)
     if len({len(line) for line in lines}) > 1:
         if task == "multiple-choice":

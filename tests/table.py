@@ -1,6 +1,6 @@
 """Which tasks are exported to which formats, as a Markdown table, from what the contract tests passed:
 
-    COMPILE_TABLE=passed.txt python -m pytest tests/test_contract.py; python -m tests.table passed.txt
+COMPILE_TABLE=passed.txt python -m pytest tests/test_contract.py; python -m tests.table passed.txt
 """
 
 from __future__ import annotations

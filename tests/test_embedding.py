@@ -43,7 +43,12 @@ def write(bert: Path, tmp_path: Path) -> Write:
         if "Dense" in following:
             inner = folder / next(path for path, kind in kinds if kind == "Dense")
             inner.mkdir()
-            settings = {"in_features": 32, "out_features": 8, "bias": True, "activation_function": "torch.nn.modules.activation.Tanh"}
+            settings = {
+                "in_features": 32,
+                "out_features": 8,
+                "bias": True,
+                "activation_function": "torch.nn.modules.activation.Tanh",
+            }
             (inner / "config.json").write_text(json.dumps(settings))
             torch.manual_seed(3)
             save_file({"linear.weight": torch.randn(8, 32), "linear.bias": torch.randn(8)}, inner / "model.safetensors")
@@ -76,7 +81,9 @@ def inputs(model: Model, side: str = "right") -> dict[str, np.ndarray[Any, Any]]
     ],
 )
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_it_is_that_of_sentence_transformers(write: Write, pooling: dict[str, Any], following: tuple[str, ...], side: str) -> None:
+def test_it_is_that_of_sentence_transformers(
+    write: Write, pooling: dict[str, Any], following: tuple[str, ...], side: str
+) -> None:
     from sentence_transformers import SentenceTransformer
 
     folder = write(pooling, *following)
@@ -160,9 +167,7 @@ def test_a_pooling_that_is_garbage(write: Write, content: str) -> None:
 
 def test_another_task_has_none(bert: Path) -> None:
     targets = Targets(onnx=OnnxTargets(precisions=("fp32",)))
-    spec = ModelSpec(
-        name="a", release="1.0.0", source="path:.", task="fill-mask", sentence_embedding=True, targets=targets
-    )
+    spec = ModelSpec(name="a", release="1.0.0", source="path:.", task="fill-mask", sentence_embedding=True, targets=targets)
     with pytest.raises(ConfigError, match="sentence_embedding: is an output of feature-extraction") as caught:
         make_plan(spec, resolve(spec, bert), Path())
     assert len(str(caught.value).splitlines()) == 1

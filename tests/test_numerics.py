@@ -94,8 +94,15 @@ class TestRows:
         assert len(rows(np.zeros((2, 2)), POOLED, sample).values) == 2
 
     def test_rows_of_more_axes_are_laid_flat(self) -> None:
+        tensor = Tensor("maps", "float32", ("batch", 1, 2, 2))
+        assert rows(np.arange(4.0).reshape(1, 1, 2, 2), tensor, case([[1]])).values.tolist() == [[0, 1, 2, 3]]
+
+    def test_several_vectors_of_a_text_are_a_row_each(self) -> None:
         tensor = Tensor("heads", "float32", ("batch", 2, 2))
-        assert rows(np.arange(4.0).reshape(1, 2, 2), tensor, case([[1]])).values.tolist() == [[0, 1, 2, 3]]
+        sample = case([[1], [1]], counts={"heads": [False, True]})
+        cut = rows(np.arange(8.0).reshape(2, 2, 2), tensor, sample)
+        assert cut.values.tolist() == [[4, 5], [6, 7]]
+        assert cut.index == [(1, 0), (1, 1)]
 
     def test_an_output_without_batch_is_one_row(self) -> None:
         cut = rows(np.array([1.0, 2.0]), Tensor("bias", "float32", (2,)), case([[1, 1]]))

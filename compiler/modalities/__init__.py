@@ -46,8 +46,8 @@ class Modality(Protocol):
     def DERIVED(self) -> Mapping[int, str]:  # noqa: N802
         """The names of an output's axes, by number, that are computed of those of an input."""
 
-    def check(self, snapshot: Snapshot) -> None:
-        """Make sure that there is something to make a processor from. Raises SourceError, or ConfigError for what is not
+    def check(self, snapshot: Snapshot, task: str) -> None:
+        """Make sure that there is something to make the task's processor from. Raises SourceError, or ConfigError for what is not
         installed. Imports no torch."""
 
     def processor(self, folder: Path, options: Mapping[str, Any]) -> Any:

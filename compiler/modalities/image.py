@@ -29,7 +29,7 @@ MAX_IMAGES = 64
 IMAGES, SIZE = "images", "other size"
 
 
-def check(snapshot: Snapshot) -> None:
+def check(snapshot: Snapshot, task: str) -> None:
     check_processor(snapshot, "image")
     if importlib.util.find_spec("PIL") is None:
         raise ConfigError("a model of images needs pillow: pip install 'aot-model-compiler[image]'")

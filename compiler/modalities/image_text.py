@@ -33,9 +33,9 @@ class Processors:
     tokenizer: Any
 
 
-def check(snapshot: Snapshot) -> None:
-    text.check(snapshot)
-    image.check(snapshot)
+def check(snapshot: Snapshot, task: str) -> None:
+    text.check(snapshot, task)
+    image.check(snapshot, task)
 
 
 def processor(folder: Path, options: Mapping[str, Any]) -> Processors:

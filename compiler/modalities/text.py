@@ -24,7 +24,7 @@ DERIVED: Mapping[int, str] = {}
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def check(snapshot: Snapshot) -> None:
+def check(snapshot: Snapshot, task: str) -> None:
     check_tokenizer(snapshot)
 
 
@@ -36,6 +36,8 @@ def processor(folder: Path, options: Mapping[str, Any]) -> Any:
 
 def prepare(module: torch.nn.Module, processor: Any, task: str, uri: str) -> dict[str, Any]:
     config: Any = module.config
+    if hasattr(config, "vision_config"):
+        raise SourceError(f"{uri}: {type(module).__name__} takes images beside text; set task: zero-shot-image-classification")
     pad(processor, uri)
     inputs = tuple(
         name

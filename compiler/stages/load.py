@@ -81,7 +81,7 @@ def load(
         automatic = _auto_class(task, config)
         if getattr(config, "is_encoder_decoder", False):
             raise SourceError(f"{snapshot.uri}: {config.model_type} has a decoder; only encoders can be compiled")
-        modality.check(snapshot)
+        modality.check(snapshot, task)
         with _explained(snapshot, PROCESSORS[TASKS[task].modality], trust_remote_code):
             processor = modality.processor(folder, extra)
         for name, value in (("output_hidden_states", False), ("output_attentions", False), ("return_dict", True)):
@@ -124,7 +124,7 @@ def _auto_class(task: str, config: Any) -> Any:
         # An auto class may have models of any modality.
         found = mapping[type(config)]
         found = found[0] if isinstance(found, (list, tuple)) else found
-        return found.main_input_name in MODALITIES[TASKS[name].modality].MAIN_INPUTS
+        return getattr(found, "main_input_name", "") in MODALITIES[TASKS[name].modality].MAIN_INPUTS
 
     automatic = class_for(task)
     if fits(task) or automatic.__name__ in getattr(config, "auto_map", {}):

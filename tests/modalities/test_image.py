@@ -71,7 +71,9 @@ def test_an_image_that_is_cut_short(loaded: Callable[..., Model], tmp_path: Path
         ({"size": {"shortest_edge": 32}, "image_processor_type": "CLIPImageProcessor", "do_center_crop": False}, "size"),
     ],
 )
-def test_a_processor_of_another_model(saved: Callable[..., Path], tmp_path: Path, change: dict[str, object], word: str) -> None:
+def test_a_processor_of_another_model(
+    saved: Callable[..., Path], tmp_path: Path, change: dict[str, object], word: str
+) -> None:
     folder = Path(shutil.copytree(saved("vit"), tmp_path / "copy"))
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

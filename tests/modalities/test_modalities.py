@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -151,14 +152,28 @@ def test_a_processor_that_is_garbage(saved: Callable[..., Path], tmp_path: Path,
     one_line(caught.value, "processor")
 
 
+def test_speech_without_its_vocabulary(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved("wav2vec2"), tmp_path / "copy"))
+    (folder / "vocab.json").unlink()
+    with pytest.raises(SourceError) as caught:
+        make_plan(spec(), found(folder), tmp_path)
+    one_line(caught.value, "no tokenizer")
+
+
+def test_images_beside_text_are_no_text(saved: Callable[..., Path]) -> None:
+    with pytest.raises(SourceError) as caught:
+        load(found(saved("clip")), "feature-extraction")
+    one_line(caught.value, "images beside text", "zero-shot-image-classification")
+
+
 def test_both_halves_of_a_processor_in_one_file(saved: Callable[..., Path], tmp_path: Path) -> None:
     """transformers 5 saves a processor of several parts as processor_config.json."""
-    import json
-
     folder = Path(shutil.copytree(saved("clip"), tmp_path / "copy"))
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").unlink()
-    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor", "image_processor": settings}))
+    (folder / "processor_config.json").write_text(
+        json.dumps({"processor_class": "CLIPProcessor", "image_processor": settings})
+    )
     assert infer_task(found(folder)) == "zero-shot-image-classification"
     before, after = (load(found(path), "zero-shot-image-classification") for path in (saved("clip"), folder))
     assert (before.example["pixel_values"] == after.example["pixel_values"]).all()
@@ -198,6 +213,19 @@ class TestData:
             keys.append(plan.load.key)
         assert keys[0] != keys[1]
 
+    def test_files_of_one_name_in_different_folders(self, tmp_path: Path) -> None:
+        hashes = []
+        for second in (b"y", b"z"):
+            for folder, content in (("one", b"x"), ("two", second)):
+                (tmp_path / folder).mkdir(exist_ok=True)
+                (tmp_path / folder / "a.png").write_bytes(content)
+            lines = "".join(json.dumps({"image": str(tmp_path / folder / "a.png")}) + "\n" for folder in ("one", "two"))
+            (tmp_path / "lines.jsonl").write_text(lines)
+            texts = read_texts(spec(data={"validation": {"path": "lines.jsonl"}}), "image-classification", tmp_path)
+            assert list(texts.files) == ["a.png"]
+            hashes.append(texts.files["a.png"])
+        assert hashes[0] != hashes[1]
+
     @pytest.mark.parametrize(
         ("line", "task"),
         [('{"image": "gone.png"}', "image-classification"), ('{"audio": "gone.wav"}', "audio-classification")],
@@ -209,7 +237,9 @@ class TestData:
         one_line(caught.value, "gone", "No such file", "relative to the data file")
 
     def test_different_numbers_of_choices(self, tmp_path: Path) -> None:
-        (tmp_path / "lines.jsonl").write_text('{"text": "a", "choices": ["b", "c"]}\n{"text": "a", "choices": ["b", "c", "d"]}')
+        (tmp_path / "lines.jsonl").write_text(
+            '{"text": "a", "choices": ["b", "c"]}\n{"text": "a", "choices": ["b", "c", "d"]}'
+        )
         with pytest.raises(ConfigError) as caught:
             read_texts(spec(data={"validation": {"path": "lines.jsonl"}}), "multiple-choice", tmp_path)
         one_line(caught.value, "numbers of choices")
