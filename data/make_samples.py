@@ -2,7 +2,7 @@
 
 The images are scenes drawn with PIL: gradients, shapes at several depths, blur and noise, so that their edges, textures
 and colours are those of small photographs. The sounds are synthesized with numpy at 16 kHz: vowels (a glottal pulse train
-through formant resonators, G. Fant's source-filter model), a plucked string (K. Karplus and A. Strong, 1983), a bird, and rain.
+through formant resonators, G. Fant), a plucked string (K. Karplus and A. Strong, 1983), a bird, and rain.
 Nobody's photograph or voice is in them.
 """
 

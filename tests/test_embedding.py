@@ -161,7 +161,7 @@ def test_files_that_are_garbage(write: Write, content: str) -> None:
 def test_a_pooling_that_is_garbage(write: Write, content: str) -> None:
     folder = write({})
     (folder / "1_Pooling" / "config.json").write_text(content)
-    with pytest.raises(SourceError, match="1_Pooling/config.json"):
+    with pytest.raises(SourceError, match=r"1_Pooling/config\.json"):
         loaded(folder)
 
 

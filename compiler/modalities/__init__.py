@@ -47,8 +47,8 @@ class Modality(Protocol):
         """The names of an output's axes, by number, that are computed of those of an input."""
 
     def check(self, snapshot: Snapshot, task: str) -> None:
-        """Make sure that there is something to make the task's processor from. Raises SourceError, or ConfigError for what is not
-        installed. Imports no torch."""
+        """Make sure that there is something to make the task's processor from. Raises SourceError, or ConfigError for what is
+        not installed. Imports no torch."""
 
     def processor(self, folder: Path, options: Mapping[str, Any]) -> Any:
         """What makes inputs, from the checkpoint's files in a folder. `options` are those of transformers' loaders."""

@@ -15,7 +15,7 @@ from compiler.types import Model
 from tests.modalities.test_modalities import one_line
 
 
-def write(path: Path, values: np.ndarray, rate: int = 16000, width: int = 2) -> Path:  # type: ignore[type-arg]
+def write(path: Path, values: np.ndarray, rate: int = 16000, width: int = 2) -> Path:
     """Write samples from -1 to 1, `[samples]` or `[samples, channels]`."""
     whole = np.round(np.asarray(values, dtype=np.float64) * (2 ** (8 * width - 1) - 1)).astype(np.int64)
     if width == 1:
@@ -27,7 +27,7 @@ def write(path: Path, values: np.ndarray, rate: int = 16000, width: int = 2) -> 
     return path
 
 
-def tone(frequency: float, rate: int, seconds: float = 0.2) -> np.ndarray:  # type: ignore[type-arg]
+def tone(frequency: float, rate: int, seconds: float = 0.2) -> np.ndarray:
     return 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(rate * seconds)) / rate)
 
 
