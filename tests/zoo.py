@@ -201,6 +201,8 @@ ZOO = {
         Architecture("hubert", SPEECH, {}, tasks=SOUNDS, slow=SOUNDS[1:], processor=SOUND),
     )
 }
+# Those of text.
+ENCODERS = tuple(name for name, architecture in ZOO.items() if architecture.tasks == ALL)
 
 
 def save_tokenizer(folder: Path, architecture: Architecture) -> int:
