@@ -3,19 +3,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: compile test test-all lint format clean
+CONSUMERS := $(basename $(notdir $(wildcard tests/consumers/requirements/*.txt)))
+
+.PHONY: compile test test-all consumers lint format clean
 
 compile: .venv/ready
 	$(BIN)/compile pipeline.yaml
 
 # Servers are killed there in the middle of what they do: not beside other tests.
 test: .venv/ready .venv/servers/ready
-	$(BIN)/python -m pytest -n 2 -m "not slow" --ignore tests/registries
+	$(BIN)/python -m pytest -n 2 -m "not slow" --ignore tests/registries --ignore tests/consumers
 	$(BIN)/python -m pytest -m "not slow" tests/registries
 
 test-all: .venv/ready .venv/servers/ready
-	$(BIN)/python -m pytest -n 2 --ignore tests/registries
+	$(BIN)/python -m pytest -n 2 --ignore tests/registries --ignore tests/consumers
 	$(BIN)/python -m pytest tests/registries
+
+# The tools that releases are made for, each in an environment of its own, which is made once; -rs says which is missing, and why.
+consumers: .venv/ready $(CONSUMERS:%=.venv/consumers/%/ready)
+	$(BIN)/python -m pytest -rs tests/consumers
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -36,6 +42,11 @@ format: .venv/ready
 # What the tests of registries talk to. No order with .venv/ready: that one makes .venv and leaves the rest of it alone.
 .venv/servers/ready: tests/servers.sh
 	sh tests/servers.sh $(@D)
+
+.venv/consumers/%/ready: tests/consumers/requirements/%.txt tests/consumers/environment.sh
+	sh tests/consumers/environment.sh $* $(PYTHON)
+
+.venv/consumers/transformers-js/ready: tests/consumers/requirements/package-lock.json
 
 clean:
 	rm -rf .venv artifacts/*/

@@ -28,7 +28,7 @@ from compiler.errors import CompileError, ConfigError, StageError
 from compiler.manifest import SAMPLES, Manifest
 from compiler.samples import TEXT, read_cases
 from compiler.types import Artifact, Runner, Snapshot
-from compiler.verify import find_original, read_known
+from compiler.verify import find_original, known_samples, open_release
 
 if TYPE_CHECKING:
     import numpy as np
@@ -165,7 +165,7 @@ def _batches(
     texts with choices, samples of the release, in batches."""
     import numpy as np
 
-    found = read_cases(release / SAMPLES, read_known(release, manifest))
+    found = read_cases(release / SAMPLES, known_samples(release, manifest, open_release(release)[1]))
     if manifest.signature.inputs[0].shape != ("batch", "sequence"):
         if shapes is not None:
             raise ConfigError(f"--shape: is for models of text; one for {manifest.task} is timed at its own samples")

@@ -17,6 +17,7 @@ from compiler.types import File, Tensor
 if TYPE_CHECKING:
     from cyclonedx.model.component import Component
     from cyclonedx.model.license import License
+    from packageurl import PackageURL
 
 BOM = "bom.cdx.json"
 DISTRIBUTION = "aot-model-compiler"
@@ -38,25 +39,19 @@ def bom(manifest: Manifest, validation: Mapping[str, Any]) -> bytes:
     source = manifest.source
     licences = _licences(source.licence)
     kind = ComponentType.MACHINE_LEARNING_MODEL
+    origin: dict[str, Any] = {"name": source.uri, "version": source.revision, "type": kind, "licenses": licences}
     model = Component(
         name=manifest.name,
         version=manifest.release,
         type=kind,
         bom_ref="model",
         licenses=licences,
-        pedigree=Pedigree(ancestors=[Component(name=source.uri, version=source.revision, type=kind, licenses=licences)]),
+        pedigree=Pedigree(ancestors=[Component(**origin)]),
         properties=_properties(
             {"key": manifest.key, "positions": manifest.positions, "left_out": ", ".join(manifest.left_out)}
         ),
     )
-    checkpoint = Component(
-        name=source.uri,
-        version=source.revision,
-        type=kind,
-        bom_ref="checkpoint",
-        licenses=licences,
-        components=[_file(file, "checkpoint") for file in source.files],
-    )
+    checkpoint = Component(**origin, bom_ref="checkpoint", components=[_file(file, "checkpoint") for file in source.files])
     data = Component(
         name=validation["data"]["name"],
         type=ComponentType.DATA,
@@ -91,9 +86,13 @@ def bom(manifest: Manifest, validation: Mapping[str, Any]) -> bytes:
 
 def purl(name: str, version: str) -> str:
     """The package URL of a distribution of the Python package index."""
+    return _purl(name, version).to_string()
+
+
+def _purl(name: str, version: str) -> PackageURL:
     from packageurl import PackageURL
 
-    return PackageURL("pypi", None, name, version).to_string()
+    return PackageURL("pypi", None, name, version)
 
 
 def _card(manifest: Manifest, validation: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,10 +134,9 @@ def _file(file: File, owner: str, properties: Mapping[str, Any] | None = None) -
 
 def _package(name: str, version: str) -> Component:
     from cyclonedx.model.component import Component, ComponentType
-    from packageurl import PackageURL
 
-    place = purl(name, version)
-    return Component(name=name, version=version, type=ComponentType.LIBRARY, bom_ref=place, purl=PackageURL.from_string(place))
+    place = _purl(name, version)
+    return Component(name=name, version=version, type=ComponentType.LIBRARY, bom_ref=place.to_string(), purl=place)
 
 
 def _hashes(sha256: str) -> Iterable[Any]:

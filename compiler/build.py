@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 import compiler
 from compiler import cpu, workers
 from compiler.backends import BACKENDS
+from compiler.blame import blame
 from compiler.errors import CompileError, NumericsError, ReleaseError, StageError
 from compiler.hashing import canonical
 from compiler.manifest import MANIFEST, Made, Manifest, Source, differences, from_bytes
@@ -214,15 +215,19 @@ class Build:
                 raise
         return [candidate for future in futures for candidate in future.result()]
 
-    def gate(self, made: Sequence[Candidate]) -> None:
+    def gate(self, loaded: Entry, made: Sequence[Candidate]) -> None:
         """Refuse the whole release when an artifact is not as close to the original as its limits ask.
 
         Raises:
-            NumericsError: with the worst sample of the worst check; the failing files are kept beside their figures.
+            NumericsError: with the worst sample of the worst check, and the first layer that departs; the failing files are
+                kept beside their figures and the table of their layers.
         """
         failed = [candidate for candidate in made if not candidate.report.passed]
+        verdicts = []
         for candidate in failed:
-            self._keep(candidate.artifact, candidate.entry, {"outputs": candidate.figures})
+            verdict, layers = self._blame(loaded, candidate)
+            verdicts.append(verdict)
+            self._keep(candidate.artifact, candidate.entry, {"outputs": candidate.figures, "blame": layers})
         if failed:
             first = failed[0]
             check = next(check for check in first.report.checks if not check.passed)
@@ -230,10 +235,28 @@ class Build:
             also = f"; {', '.join(others)} failed too" if others else ""
             raise NumericsError(
                 f"{self.plan.spec}: {first.report.format} {first.report.precision}: {check.name} is {check.figure:.6g}, "
-                f"its limit is {check.limit:g}, at {check.worst}{also}; nothing is released, what failed is in "
+                f"its limit is {check.limit:g}, at {check.worst}; {verdicts[0]}{also}; nothing is released, what failed is in "
                 f"{self.folder / 'failed'}; leave that target out, or widen budget: if you accept it",
                 tuple(candidate.report for candidate in made),
             )
+
+    def _blame(self, loaded: Entry, candidate: Candidate) -> tuple[str, Mapping[str, Any]]:
+        """Half a sentence on the first layer of a failing artifact that departs, and what was seen of its layers. What keeps
+        it from being found is no error of its own: that of the gate comes all the same."""
+        artifact, plan = candidate.artifact, self.plan
+        step = f"blame {artifact.format} {artifact.precision}"
+        started = time.monotonic()
+        self._tell(step, "start")
+        try:
+            with scratch(self.folder) as aside:
+                arguments = (artifact, plan.snapshot, plan.task, loaded.root / SAMPLES, loaded.info, self._load_options)
+                found = workers.run(blame, aside, candidate.entry.root, *arguments, log=self.log)
+        except (CompileError, OSError) as error:
+            self._tell(step, "failed", started)
+            reason = " ".join(str(error).split())
+            return f"no layer is named ({reason})", {"error": reason}
+        self._tell(step, "run", started)
+        return found.verdict, found.to_json()
 
     def package(self, loaded: Entry, made: Sequence[Candidate]) -> Release:
         """The release, on disk under its name.
@@ -284,8 +307,9 @@ class Build:
             ],
         }
         inside = {file.path: file for file in loaded.files}
-        support = [(snapshot.root, file) for file in snapshot.support]
-        support += [(loaded.root, inside[path]) for path in loaded.info["support"]]
+        own = loaded.info["support"]
+        support = [(snapshot.root, file) for file in snapshot.support if f"support/{file.path}" not in own]
+        support += [(loaded.root, inside[path]) for path in own]
         artifacts = [(candidate.artifact, candidate.entry) for candidate in made]
         content = (manifest, artifacts, support, (loaded.root, inside[SAMPLES]), validation)
         reports = tuple(candidate.report for candidate in made)

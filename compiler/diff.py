@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,15 +16,15 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
 from compiler.errors import ConfigError, ReleaseError
+from compiler.fusions import TAKES_IN, WORK
 from compiler.graphs import Graph, read_graph
 from compiler.manifest import Manifest, differences
 from compiler.types import Artifact
-from compiler.verify import read_release, read_validation, verify_files
+from compiler.verify import Entry, Validation, open_release, verify_files
 
-# What is left of a figure's allowance, its limit, below which a growth is rounding: two right builds differ by as much.
-NOISE = 0.01
-# The same for a figure without a limit.
-NOISE_WITHOUT_LIMIT = 1e-6
+# Percent of what a figure's limit allows below which a growth is rounding: right builds of one fp32 model by different
+# runtimes lie within 1 % of theirs.
+ROUNDING = 2.0
 
 Pair = list[Any]  # [before, after], None where there is none
 
@@ -34,7 +35,7 @@ class Side:
 
     path: Path
     manifest: Manifest
-    validation: Mapping[str, Any]
+    validation: Validation
 
     @property
     def artifacts(self) -> dict[str, Artifact]:
@@ -60,7 +61,7 @@ def diff(before: Path, after: Path) -> dict[str, Any]:
             for name in dict.fromkeys(itertools.chain(*artifacts))
         },
         "speed": _speed(old.benchmark, new.benchmark),
-        "measured": [any(entry.get("metrics") for entry in side.validation["artifacts"]) for side in sides],
+        "measured": [any(entry.get("metrics") for entry in side.validation.entries.values()) for side in sides],
         "release": _changed(_facts(old), _facts(new)),
         "libraries": _changed(old.libraries, new.libraries),
         "source": _changed(_hashes(old), _hashes(new)),
@@ -69,14 +70,14 @@ def diff(before: Path, after: Path) -> dict[str, Any]:
 
 
 def _side(path: Path) -> Side:
-    manifest, _ = read_release(path)
+    manifest, validation = open_release(path)
     verify_files(path, manifest)
     if manifest.benchmark is not None:
         try:
             TypeAdapter(_Benchmark).validate_python(manifest.benchmark, strict=True)
         except ValidationError as error:
             raise ReleaseError(f"{path}: its recorded benchmark is not what bench --record writes; record it again") from error
-    return Side(path, manifest, read_validation(path))
+    return Side(path, manifest, validation)
 
 
 class _Timing(TypedDict):
@@ -118,6 +119,7 @@ def _artifact(name: str, sides: Sequence[Side], pair: Sequence[Artifact | None])
     graphs: list[Graph | None] = [None, None]
     if old.files != new.files:
         graphs = [read_graph(side.path, artifact) for side, artifact in zip(sides, (old, new), strict=True)]
+    entries = [side.validation.entries[old.format, old.precision] for side in sides]
     settings = [
         {"opset": one.opset, "fast on": list(one.fast_on), **{f"runtime {key}": value for key, value in one.runtime.items()}}
         for one in (old, new)
@@ -129,30 +131,24 @@ def _artifact(name: str, sides: Sequence[Side], pair: Sequence[Artifact | None])
         "settings": _changed(*settings),
         "operators": _changed(*(graph.operators if graph else {} for graph in graphs)),
         "layers": _changed(*(graph.layers if graph else {} for graph in graphs)),
-        "numerics": _numerics(*(_entry(side, name) for side in sides)),
-        "metrics": _changed(*(_entry(side, name).get("metrics", {}) for side in sides)),
+        "numerics": _numerics(*entries),
+        "metrics": _changed(*(entry.get("metrics", {}) for entry in entries)),
     }
     same = old.files == new.files and not any(value for key, value in found.items() if key != "bytes")
     return {"same": same, **found}
 
 
-def _entry(side: Side, name: str) -> Mapping[str, Any]:
-    """What validation.json says of an artifact."""
-    entries = (entry for entry in side.validation["artifacts"] if f"{entry['format']} {entry['precision']}" == name)
-    return next(entries, {})
-
-
-def _numerics(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, dict[str, Pair]]:
+def _numerics(old: Entry, new: Entry) -> dict[str, dict[str, Pair]]:
     """The figures, and their limits, that differ: `{"logits cosine": {"figure": …, "limit": …}}`."""
     sides = []
     for entry in (old, new):
-        figures = {
+        figures: dict[str, dict[str, float | None]] = {
             f"{output} {name}": {"figure": figure, "limit": None}
             for output, result in entry.get("outputs", {}).items()
             for name, figure in result["figures"].items()
         }
-        checks = {f"{check['output']} {check['name']}": check for check in entry.get("checks", ())}
-        figures |= {name: {"figure": check["figure"], "limit": check["limit"]} for name, check in checks.items()}
+        for check in entry["checks"]:
+            figures[f"{check.output} {check.name}"] = {"figure": check.figure, "limit": check.limit}
         sides.append(figures)
     nothing = {"figure": None, "limit": None}
     return {
@@ -262,30 +258,45 @@ def _worse_size(result: Mapping[str, Any], percent: float, asked: bool) -> Itera
 
 
 def _worse_fusions(result: Mapping[str, Any], percent: float, asked: bool) -> Iterator[str]:
+    """A fusion is lost when what it did is done fewer times by all fusions together: where `BiasGelu` took over what `Gemm`
+    did nothing is lost; the other way round gelu is."""
     for name, artifact in result["artifacts"].items():
-        for fusion, (old, new) in artifact.get("fusions", {}).items():
-            if (new or 0) < (old or 0):
-                yield f"{name} has {fusion} {new or 0} times, had {old}"
+        changed = artifact.get("fusions", {})
+        totals: Counter[str] = Counter()
+        for fusion, (old, new) in changed.items():
+            more = (new or 0) - (old or 0)
+            for work in WORK.get(fusion, (fusion,)):
+                totals[work] += more
+            for work, most in TAKES_IN.get(fusion, {}).items():
+                totals[work] += max(more, 0) * most
+        for work, total in totals.items():
+            if total < 0:
+                pairs = {fusion: pair for fusion, pair in changed.items() if work in WORK.get(fusion, (fusion,))}
+                mix = ", ".join(f"{fusion} {old or 0} → {new or 0}" for fusion, (old, new) in pairs.items())
+                yield f"{name} fuses {work} {-total} times fewer ({mix})"
 
 
 def _worse_numerics(result: Mapping[str, Any], percent: float, asked: bool) -> Iterator[str]:
-    """An error is a figure that is a maximum, or what is missing to 1 of one that is an agreement. It is worse when it has
-    grown by more than the percentage, and by more than a hundredth of what its limit allows, which is rounding."""
+    """An error is a figure that is a maximum, or what is missing to 1 of one that is an agreement. It is worse when it came
+    nearer to its limit by more than a percentage of what that allows, `ROUNDING` at least. Only figures with a limit count:
+    nobody asked anything of the others, and some (the largest relative error) are noise."""
+    most = max(percent, ROUNDING)
     for name, artifact in result["artifacts"].items():
         for figure, pair in artifact.get("numerics", {}).items():
             old, new = pair["figure"]
             limit = pair["limit"][0] if pair["limit"][0] is not None else pair["limit"][1]
-            if old is None:
+            if limit is None or old is None:
                 continue
-            if new is None:
+            if new is None or pair["limit"][1] is None:
                 yield f"{name}: {figure} is checked no more"
                 continue
-            most = figure.rpartition(" ")[2].startswith("max")
-            errors = (old, new) if most else (1 - old, 1 - new)
-            noise = NOISE_WITHOUT_LIMIT if limit is None else NOISE * (limit if most else 1 - limit)
-            if errors[1] - errors[0] > noise and errors[1] > errors[0] * (1 + percent / 100):
-                change = f"{_percent(*errors)} error, allowed is {percent:g} %"
-                yield f"{name}: {figure} went from {old:.7g} to {new:.7g} ({change})"
+            largest = figure.rpartition(" ")[2].startswith("max")
+            growth, allowance = (new - old, limit) if largest else (old - new, 1 - limit)
+            if growth > allowance * most / 100:
+                share = (
+                    f"{100 * growth / allowance:.3g} % of what its limit {limit:g} allows" if allowance else "its limit is 1"
+                )
+                yield f"{name}: {figure} went from {old:.7g} to {new:.7g} ({share}; {most:g} % may be)"
 
 
 def _worse_metrics(result: Mapping[str, Any], percent: float, asked: bool) -> Iterator[str]:

@@ -38,12 +38,18 @@ class DamagedError(StageError):
 class NumericsError(CompileError):
     """An artifact departs from the original model by more than its limits allow.
 
-    `reports` are the verdicts on all artifacts of the release, where they are known.
+    `reports` are the verdicts on all artifacts of the release, where they are known; `blame` is what was seen of their layers,
+    as its JSON says it.
     """
 
-    def __init__(self, message: str, reports: tuple[Report, ...] = ()) -> None:
+    def __init__(self, message: str, reports: tuple[Report, ...] = (), blame: Sequence[Mapping[str, Any]] = ()) -> None:
         super().__init__(message)
         self.reports = reports
+        self.blame = blame
+
+
+class InputError(CompileError):
+    """What is given to an opened release is nothing that it can answer."""
 
 
 class ReleaseError(CompileError):

@@ -23,6 +23,7 @@ from compiler.errors import LockError
 from compiler.hashing import canonical, sync
 from compiler.manifest import differences
 from compiler.plan import Plan
+from compiler.store import aside_name
 
 SCHEMA = 1
 
@@ -60,10 +61,11 @@ def locked(plan: Plan) -> Locked:
 
 
 def lock_path(pipeline: Path) -> Path:
-    """Where a pipeline's lock is: beside it, under its name."""
+    """Where a pipeline's lock is: beside it, under its name with `.lock` in place of `.yaml`, or added to any other, so that
+    `pipeline-1.1` and `pipeline-1.2` do not share one."""
     if pipeline.suffix == ".lock":
         raise LockError(f"{pipeline}: is called as a lock is; call the pipeline {pipeline.with_suffix('.yaml').name}")
-    return pipeline.with_suffix(".lock")
+    return pipeline.with_name(f"{pipeline.name.removesuffix('.yaml')}.lock")
 
 
 def read_lock(path: Path) -> dict[str, Locked] | None:
@@ -170,12 +172,15 @@ def _changed(path: Path, plans: Sequence[Plan], keep: Collection[str] | None) ->
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.new")
+    return path.with_name(aside_name(path.name))
 
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[int]:
-    """The file that becomes the lock by a rename, which one process holds at a time; what a killed one left is taken over."""
+    """The file that becomes the lock by a rename, which one process holds at a time; what a killed one left is taken over.
+
+    `store.locked` would do, but for the file that it locks, which must stay: here it would lie in the user's own checkout.
+    """
     while True:
         descriptor = os.open(_aside(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:

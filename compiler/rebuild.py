@@ -17,9 +17,9 @@ from compiler.config import ModelSpec
 from compiler.errors import CompileError, ConfigError, ReleaseError, SourceError
 from compiler.hashing import digest, file_sha256
 from compiler.manifest import MANIFEST, Manifest, differences
-from compiler.pipeline import build_model
 from compiler.plan import Plan, make_plan
 from compiler.provenance import PROVENANCE
+from compiler.spine import build_model
 from compiler.store import Store, remove, scratch, writing
 from compiler.types import Event
 from compiler.verify import find_original, homes

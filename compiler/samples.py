@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from compiler.errors import ConfigError, SourceError
+from compiler.errors import ConfigError, SourceError, StageError
 from compiler.numerics import Case
 from compiler.types import Model
 
@@ -133,14 +133,26 @@ def _check_ids(model: Model, found: Sequence[Case]) -> None:
 
 
 def read_cases(samples: Path, known: Mapping[str, Any]) -> list[Case]:
-    """The samples of a `samples.safetensors`, as `compiler.stages.load.reference` described them."""
+    """The samples of a `samples.safetensors`, as `compiler.stages.load.reference` described them. Raises StageError when it
+    holds others."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    arrays = load_file(samples)
     names = [tensor["name"] for tensor in known["signature"]["inputs"]]
+    try:
+        arrays = load_file(samples)
+        listed = [{name: arrays[f"{number:03d}.{name}"] for name in names} for number in range(len(known["cases"]))]
+    except (SafetensorError, KeyError) as error:
+        raise StageError(
+            f"{samples}: does not hold what validation.json describes ({error}); the release is damaged"
+        ) from error
     found = []
-    for number, described in enumerate(known["cases"]):
-        inputs = {name: arrays[f"{number:03d}.{name}"] for name in names}
+    for number, (described, inputs) in enumerate(zip(known["cases"], listed, strict=True)):
+        for tensor in known["signature"]["inputs"]:
+            array = inputs[tensor["name"]]
+            if array.dtype.name != tensor["dtype"] or array.ndim != len(tensor["shape"]):
+                wanted = f"{tensor['dtype']} [{', '.join(map(str, tensor['shape']))}]"
+                raise StageError(f"{samples}: sample {number} is not {wanted}; the release is damaged")
         counts, real = (
             {name.removeprefix(start): value.astype(bool) for name, value in arrays.items() if name.startswith(start)}
             for start in (f"{number:03d}.counts.", f"{number:03d}.real.")

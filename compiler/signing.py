@@ -6,9 +6,11 @@ else passes for it.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from compiler.errors import ReleaseError, SigningError
 from compiler.hashing import hash_files
 from compiler.manifest import MANIFEST, SIGNATURE, SUMS, Manifest
-from compiler.store import scratch, write_file, writing
+from compiler.store import aside_name, replace_files, writing
 from compiler.verify import check_unpublished, read_release, verify_files
 
 # As sigstore's bundles and in-toto's statements name themselves.
@@ -24,6 +26,7 @@ BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 # A signature has some 200 bytes a file.
 MOST_BYTES = 16 << 20
+MAKE = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
 
 
 def sign(path: Path, key: Path, password: Callable[[], str]) -> Manifest:
@@ -43,22 +46,28 @@ def sign(path: Path, key: Path, password: Callable[[], str]) -> Manifest:
     config.set_hashing_config(_hashing(library))
     check_unpublished(path)
     manifest, _ = read_release(path)
+    with _writing(path):
+        (path / aside_name(SIGNATURE)).unlink(missing_ok=True)  # of one that was killed
     verify_files(path, manifest)
     expected = _hashes(path, manifest)
     root = path.resolve()  # the library takes no link, not even to a release's folder
-    with writing(root.parent, "the signature"), scratch(root.parent) as aside:
+    with tempfile.TemporaryDirectory(prefix="compile-") as aside:
         try:
-            config.sign(root, aside / SIGNATURE)
+            config.sign(root, Path(aside) / SIGNATURE)
         except ValueError as error:
             raise ReleaseError(f"{path}: cannot be signed ({error}); verify it again") from error
-        bundle = _bundle(aside / SIGNATURE)
-        if _signed(bundle) != expected:
-            raise ReleaseError(f"{path}: changed while it was signed; verify it, and sign it again")
-        (envelope,) = bundle["dsseEnvelope"]["signatures"]
-        envelope["sig"] = _smaller(envelope["sig"], order)
-        write_file(aside / SIGNATURE, _to_bytes(bundle))
-        os.replace(aside / SIGNATURE, root / SIGNATURE)
+        bundle = _bundle(Path(aside) / SIGNATURE)
+    if _signed(bundle) != expected:
+        raise ReleaseError(f"{path}: changed while it was signed; verify it, and sign it again")
+    (envelope,) = bundle["dsseEnvelope"]["signatures"]
+    envelope["sig"] = _smaller(envelope["sig"], order)
+    with _writing(path):
+        replace_files(root, {SIGNATURE: _to_bytes(bundle)})
     return manifest
+
+
+def _writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    return writing(path, "the signature", "copy the release to where you can write, and sign it there")
 
 
 def verify_signature(path: Path, manifest: Manifest, key: Path) -> None:
@@ -72,11 +81,12 @@ def verify_signature(path: Path, manifest: Manifest, key: Path) -> None:
         SigningError: the key cannot be used, or the library is not installed.
     """
     library = _library()
+    public = _public(key)
     verifier = _verifier(library, key).set_hashing_config(_hashing(library))
     if not os.path.lexists(path / SIGNATURE):
         raise ReleaseError(f"{path}: is not signed (it has no {SIGNATURE}); get a signed one, or verify without --key")
     bundle = _bundle(path / SIGNATURE)
-    if bundle["verificationMaterial"]["publicKey"]["hint"] != fingerprint(key):
+    if bundle["verificationMaterial"]["publicKey"]["hint"] != _fingerprint(public):
         raise ReleaseError(f"{path}: was signed with another key than {key}; give its own, or do not use this release")
     signed, present = _signed(bundle), _hashes(path, manifest)
     other = [name for name in {*signed, *present} if signed.get(name) != present.get(name)]
@@ -89,7 +99,7 @@ def verify_signature(path: Path, manifest: Manifest, key: Path) -> None:
     except Exception as error:  # the library lets through what its parts raise
         raise ReleaseError(f"{path}: {SIGNATURE} was not made with {key}, or was changed; do not use this release") from error
     signature = bundle["dsseEnvelope"]["signatures"][0]["sig"]
-    if signature != _smaller(signature, _public(key).curve.group_order):
+    if signature != _smaller(signature, public.curve.group_order):
         # Whoever has the one form can write the other, without the key.
         raise ReleaseError(
             f"{path}: {SIGNATURE} was changed, or is not in the form (the smaller s) that `compile sign` writes, which "
@@ -97,21 +107,22 @@ def verify_signature(path: Path, manifest: Manifest, key: Path) -> None:
         )
 
 
-def fingerprint(key: Path) -> str:
-    """The sha256 (hex) of a public key, as signatures name it. Raises SigningError when it is none that signs releases."""
+def _fingerprint(public: Any) -> str:
+    """The sha256 (hex) of a public key, as signatures name it."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-    return hashlib.sha256(_public(key).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+    return hashlib.sha256(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
 def _public(key: Path) -> Any:
+    """A public key. Raises SigningError when there is none."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
         return load_pem_public_key(key.read_bytes())
     except OSError as error:
-        raise SigningError(f"{key}: cannot be read ({error.strerror})") from error
+        raise SigningError(f"{key}: cannot be read ({error.strerror}); give the signer's public key (PEM)") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         hint = f"openssl ec -in {key} -pubout makes it of a private one"
         raise SigningError(f"{key}: is no EC public key (PEM); {hint}") from error
@@ -151,16 +162,16 @@ def _signer(library: Any, key: Path, password: Callable[[], str]) -> tuple[Any, 
         private: Any = load_pem_private_key(key.read_bytes(), secret)
         return config, private.curve.group_order
     except OSError as error:
-        raise SigningError(f"{key}: cannot be read ({error.strerror})") from error
+        raise SigningError(
+            f"{key}: cannot be read ({error.strerror}); give your private key (PEM), or make one: {MAKE}"
+        ) from error
     except (ValueError, AttributeError, TypeError, UnsupportedAlgorithm) as error:
         if secret is not None and isinstance(error, (ValueError, TypeError)) and "curve" not in str(error):
             raise SigningError(f"{key}: the password does not open it; give the right one") from error
-        make = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
-        raise SigningError(f"{key}: is no EC private key of P-256, P-384 or P-521 (PEM); make one: {make}") from error
+        raise SigningError(f"{key}: is no EC private key of P-256, P-384 or P-521 (PEM); make one: {MAKE}") from error
 
 
 def _verifier(library: Any, key: Path) -> Any:
-    fingerprint(key)
     try:
         return library.verifying.Config().use_elliptic_key_verifier(public_key=key)
     except (ValueError, AttributeError) as error:

@@ -35,6 +35,7 @@ FULL_BYTES = 1 << 20
 LOCK_SECONDS = 0.2
 # A scratch folder's lock comes before the folder; without one for this long, its maker died in between.
 LONELY_SECONDS = 3600
+MOUNTED = "is a mount point, in whose place no folder can be put; give a folder in it, such as {}"
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,37 @@ def write_file(path: Path, content: bytes) -> None:
         sync(stream)
 
 
+def aside_name(name: str) -> str:
+    """What a file that is to replace another is called until then; a process that is killed leaves it."""
+    return f".{name}.new"
+
+
+def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Replace files of a folder, each by one rename, once all are on the disk. They are written in that very folder: it may be
+    a mount point, or all that may be written."""
+    try:
+        for name, content in contents.items():
+            write_file(folder / aside_name(name), content)
+        for name in contents:
+            os.replace(folder / aside_name(name), folder / name)
+    finally:
+        for name in contents:
+            (folder / aside_name(name)).unlink(missing_ok=True)
+
+
+def check_can_appear(folder: Path) -> None:
+    """Raises StageError when a folder cannot be made by renaming another to it, for what is known before any work."""
+    if os.path.ismount(folder):
+        raise StageError(f"{folder}: {MOUNTED.format(folder / 'release')}")
+    there = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StageError(f"{folder}: cannot be made, since {there} cannot be written; give a folder where you can write")
+
+
 @contextlib.contextmanager
-def writing(folder: Path, what: str) -> Iterator[None]:
-    """Turn the errors of a disk that is full, or of a folder that cannot be written, into one line."""
+def writing(folder: Path, what: str, instead: str = "choose a folder that can") -> Iterator[None]:
+    """Turn the errors of a disk that is full, or of a folder that cannot be written, into one line. `instead` is what to do
+    about the latter."""
     try:
         yield
     except CompileError:
@@ -219,7 +248,10 @@ def writing(folder: Path, what: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = "no space is left; make room, or choose another folder"
         else:
-            if error.filename and not Path(os.fsdecode(error.filename)).is_relative_to(folder):
+            if error.errno == errno.EBUSY and error.filename2:  # the target of a rename
+                place = os.fsdecode(error.filename2)
+                raise StageError(f"{what}: {place}: {MOUNTED.format(os.path.join(place, 'release'))}") from error
+            if error.filename and not Path(os.fsdecode(error.filename)).absolute().is_relative_to(folder.absolute()):
                 raise StageError(f"{what}: {error.filename}: {error.strerror}") from error
-            reason = f"cannot be written ({error.strerror or error}); choose a folder that can"
+            reason = f"cannot be written ({error.strerror or error}); {instead}"
         raise StageError(f"{what}: {folder}: {reason}") from error

@@ -146,6 +146,8 @@ class Artifact:
 class Check:
     """One figure against its limit. `worst` says where: the sample, its shape, the output and the index."""
 
+    # As validation.json is read.
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012
     output: str
     name: str
     figure: float

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, PositiveInt, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
 from compiler import workers
@@ -35,14 +34,74 @@ from compiler.numerics import judge
 from compiler.sources import resolve
 from compiler.stages.load import REFERENCE, reference_again
 from compiler.stages.validate import validate
-from compiler.store import Step, Store, scratch, write_file, writing
+from compiler.store import Step, Store, aside_name, replace_files, scratch, writing
 from compiler.types import Check, Event, Report, Snapshot
 
 T = TypeVar("T")
 
+# What of a release is written in place, and so may be left by what was cut off.
+RECORDED = dict.fromkeys(
+    map(aside_name, (MANIFEST, SUMS)), " (bench --record, when it was cut off, leaves that and removes it: run it again)"
+)
+CUT_OFF = {**RECORDED, aside_name(SIGNATURE): " (sign, when it was cut off, leaves that and removes it: run it again)"}
+
+
+#: What no build writes otherwise: there is no NaN in a file of a release.
+Figure = Annotated[float, AllowInfNan(False)]
+
+
+class Outcome(TypedDict):
+    figures: dict[str, Figure]
+
+
+class Entry(TypedDict):
+    """What validation.json says of an artifact, as `compiler.build` writes it; `metrics` are a user's own."""
+
+    format: str
+    precision: str
+    outputs: NotRequired[dict[str, Outcome]]
+    checks: tuple[Check, ...]
+    metrics: NotRequired[dict[str, Figure]]
+
+
+class _Validation(TypedDict):
+    artifacts: list[Entry]
+    known: NotRequired[Any]
+
+
+class _Case(TypedDict):
+    name: str
+
+
+class _Known(TypedDict):
+    """What is used of what `compiler.stages.load.reference` returned."""
+
+    cases: list[_Case]
+    keep: dict[str, PositiveInt]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a release's validation.json says: of each artifact, by format and precision; and what the build knew of the
+    samples, which `known_samples` reads."""
+
+    entries: Mapping[tuple[str, str], Entry]
+    known: Any
+
+    @property
+    def reports(self) -> tuple[Report, ...]:
+        """The verdicts."""
+        return tuple(Report(*target, entry["checks"]) for target, entry in self.entries.items())
+
 
 def read_release(path: Path) -> tuple[Manifest, tuple[Report, ...]]:
-    """A release's manifest, and the verdicts that its validation.json records.
+    """A release's manifest, and the verdicts that its validation.json records. Raises as `open_release` does."""
+    manifest, validation = open_release(path)
+    return manifest, validation.reports
+
+
+def open_release(path: Path) -> tuple[Manifest, Validation]:
+    """A release's manifest, and what its validation.json says.
 
     Raises:
         ReleaseError: it is no release, or is damaged.
@@ -56,63 +115,44 @@ def read_release(path: Path) -> tuple[Manifest, tuple[Report, ...]]:
     except OSError as error:
         raise ReleaseError(f"{path / MANIFEST}: cannot be read ({error.strerror}); a release always has one") from error
     manifest = from_bytes(content, str(path / MANIFEST))
-    checks: dict[tuple[str, str], tuple[Check, ...]] = {}
-    for entry in read_validation(path)["artifacts"]:
-        checks[entry["format"], entry["precision"]] = tuple(Check(**check) for check in entry["checks"])
+    validation = _read_validation(path)
     for artifact in manifest.artifacts:
-        if (artifact.format, artifact.precision) not in checks or not artifact.files:
+        if (artifact.format, artifact.precision) not in validation.entries or not artifact.files:
             raise ReleaseError(
                 f"{path / VALIDATION}: says nothing of {artifact.format} {artifact.precision}, or that has no file; the "
                 "release is damaged, fetch or build it again"
             )
-    return manifest, tuple(Report(*target, found) for target, found in checks.items())
+    return manifest, validation
 
 
-class _Entry(TypedDict):
-    """What validation.json says of an artifact, as `compiler.build` writes it; `metrics` are a user's own."""
-
-    format: str
-    precision: str
-    outputs: NotRequired[dict[str, _Output]]
-    checks: list[_Check]
-    metrics: NotRequired[dict[str, float]]
-
-
-class _Output(TypedDict):
-    figures: dict[str, float]
-
-
-class _Check(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
-    output: str
-    name: str
-    figure: float
-    limit: float
-    passed: bool
-    worst: str
-
-
-class _Validation(TypedDict):
-    artifacts: list[_Entry]
-
-
-def read_validation(path: Path) -> dict[str, Any]:
-    """The content of a release's validation.json. Raises ReleaseError when it cannot be read or is another."""
+def _read_validation(path: Path) -> Validation:
     try:
-        validation: dict[str, Any] = json.loads((path / VALIDATION).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        read = TypeAdapter(_Validation).validate_json((path / VALIDATION).read_bytes(), strict=True)
+    except (OSError, ValidationError) as error:
+        if isinstance(error, ValidationError) and error.errors()[0]["type"] != "json_invalid":
+            raise _not_a_builds(path, error) from error
         raise ReleaseError(f"{path / VALIDATION}: cannot be read; the release is damaged, fetch or build it again") from error
+    entries = {(entry["format"], entry["precision"]): entry for entry in read["artifacts"]}
+    if len(entries) != len(read["artifacts"]):
+        raise ReleaseError(f"{path / VALIDATION}: names an artifact twice; the release is damaged")
+    return Validation(entries, read.get("known"))
+
+
+def _not_a_builds(path: Path, error: ValidationError, *place: str) -> ReleaseError:
+    where = ".".join(str(part) for part in (*place, *error.errors()[0]["loc"]))
+    return ReleaseError(f"{path / VALIDATION}: not what a build writes ({where!r}); the release is damaged")
+
+
+def known_samples(path: Path, manifest: Manifest, validation: Validation) -> dict[str, Any]:
+    """What a build knew of a release's samples, as `compiler.stages.load.reference` returned it. Raises ReleaseError when
+    validation.json says something else."""
     try:
-        TypeAdapter(_Validation).validate_python(validation, strict=True)
+        known = TypeAdapter(_Known).validate_python(validation.known, strict=True)
     except ValidationError as error:
-        place = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise ReleaseError(f"{path / VALIDATION}: not what a build writes ({place!r}); the release is damaged") from error
-    return validation
-
-
-def read_known(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """What a build knew of a release's samples, as `compiler.stages.load.reference` returned it."""
-    return {**read_validation(path)["known"], "signature": asdict(manifest.signature)}
+        raise _not_a_builds(path, error, "known") from error
+    if missing := [tensor.name for tensor in manifest.signature.outputs if tensor.name not in known["keep"]]:
+        raise ReleaseError(f"{path / VALIDATION}: not what a build writes ('known.keep.{missing[0]}'); the release is damaged")
+    return {**validation.known, "signature": asdict(manifest.signature)}
 
 
 def is_signed(path: Path) -> bool:
@@ -152,15 +192,11 @@ def record_benchmark(path: Path, benchmark: Mapping[str, Any]) -> None:
     """
     check_unsigned(path)
     read_release(path)
-    parent = path.resolve().parent  # beside the release: in it, they would be files too many
-    with writing(path, "the manifest"), scratch(parent) as aside:
+    with writing(path, "the manifest", "copy the release to where you can write, and record there"):
         stored = (path / MANIFEST).read_bytes()
         manifest = from_bytes(stored, str(path / MANIFEST))
         content = with_benchmark(stored, benchmark)
-        write_file(aside / MANIFEST, content)
-        write_file(aside / SUMS, sums(manifest, content))
-        for name in (MANIFEST, SUMS):
-            os.replace(aside / name, path / name)
+        replace_files(path, {MANIFEST: content, SUMS: sums(manifest, content)})
 
 
 def verify_files(path: Path, manifest: Manifest, *, hashing: bool = True, recording: bool = False) -> None:
@@ -168,16 +204,16 @@ def verify_files(path: Path, manifest: Manifest, *, hashing: bool = True, record
 
     Args:
         hashing: without it, only that all are there and no more: for who hashes them anyway.
-        recording: SHA256SUMS may be of another manifest.json, as a recording that was cut off leaves it: it is to be
-            written again.
+        recording: SHA256SUMS may be of another manifest.json, or a new one of either be there, as a recording that was cut off
+            leaves them: they are to be written again.
 
     Raises:
         ReleaseError: a file is missing, changed or too many, or is a link.
     """
     expected = {file.path: file for file in manifest.every_file}
-    present = set(list_files(path)) - {MANIFEST, *OUTSIDE}
+    present = set(list_files(path)) - {MANIFEST, *OUTSIDE} - (RECORDED.keys() if recording else set())
     problems = [f"{name} is missing" for name in sorted(set(expected) - present)]
-    problems += [f"{name} is not in the manifest" for name in sorted(present - set(expected))]
+    problems += [f"{name} is not in the manifest{CUT_OFF.get(name, '')}" for name in sorted(present - set(expected))]
     regular = []
     for name in sorted(present & set(expected)):
         if stat.S_ISREG(os.lstat(path / name).st_mode):
@@ -238,6 +274,7 @@ def _outside(path: Path, manifest: Manifest, recording: bool) -> list[str]:
 def verify_numerics(
     path: Path,
     manifest: Manifest,
+    validation: Validation,
     store: Store,
     tell: Callable[[Event], None],
     source: str | None,
@@ -257,8 +294,10 @@ def verify_numerics(
     Raises:
         NumericsError: an artifact does not pass.
         SourceError: the checkpoint is needed and is not there, or is another.
+        ReleaseError: validation.json is not what a build writes.
     """
-    validation = read_validation(path)
+    known = known_samples(path, manifest, validation)
+    limits = {target: limits_of(path, entry["checks"]) for target, entry in validation.entries.items()}
     model = f"{manifest.name} {manifest.release}"
 
     def timed(step: str, job: Callable[[], T]) -> T:
@@ -271,7 +310,6 @@ def verify_numerics(
     with writing(store.root, "the cache"), scratch(store.root) as aside:
         log = store.root / "verify.log"
         log.write_bytes(b"")
-        known = read_known(path, manifest)
         made = manifest.steps.get("load")
         cached = store.look(Step(model, "load", "", made.inputs)) if made else None
         if cached is not None and source is None:
@@ -284,16 +322,11 @@ def verify_numerics(
             reference = aside / REFERENCE
         reports = []
         for artifact in manifest.artifacts:
-            target = f"{artifact.format} {artifact.precision}"
-            recorded = next(
-                entry
-                for entry in validation["artifacts"]
-                if (entry["format"], entry["precision"]) == (artifact.format, artifact.precision)
-            )
-            limits = Limits(**{check["name"]: check["limit"] for check in recorded["checks"]})
+            target = (artifact.format, artifact.precision)
             inputs = (path, artifact, path / SAMPLES, reference, known)
-            figures = timed(f"validate {target}", lambda inputs=inputs: workers.run(validate, *inputs, log=log))  # type: ignore[misc]
-            reports.append(Report(artifact.format, artifact.precision, judge(figures, limits)))
+            figures = timed(f"validate {' '.join(target)}", lambda inputs=inputs: workers.run(validate, *inputs, log=log))  # type: ignore[misc]
+            reports.append(Report(*target, judge(figures, limits[target])))
+            _check_same(path, reports[-1], validation.entries[target]["checks"])
     for report in reports:
         for check in report.checks:
             if not check.passed:
@@ -303,6 +336,25 @@ def verify_numerics(
                     tuple(reports),
                 )
     return tuple(reports)
+
+
+def limits_of(path: Path, checks: tuple[Check, ...]) -> Limits:
+    """The limits of an artifact's checks. Raises ReleaseError when they are none that a build sets."""
+    try:
+        return Limits(**{check.name: check.limit for check in checks})
+    except ValidationError as error:
+        raise _not_a_builds(path, error, "limit") from error
+
+
+def _check_same(path: Path, report: Report, recorded: tuple[Check, ...]) -> None:
+    """Raises ReleaseError when other checks were made than are recorded, so that one would be left out in silence."""
+    sides = [{f"{check.output} {check.name}" for check in checks} for checks in (recorded, report.checks)]
+    if sides[0] != sides[1] or not recorded:
+        other = ", ".join(sorted(sides[0] ^ sides[1])) or "it has none"
+        raise ReleaseError(
+            f"{path / VALIDATION}: records other checks of {report.format} {report.precision} than a build makes ({other}); "
+            "the release is damaged"
+        )
 
 
 def _spec(**keys: Any) -> ModelSpec:

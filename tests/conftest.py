@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from compiler.manifest import MANIFEST, SUMS, Manifest, sums, to_bytes
+from tests.releases import plain_torchscript as plain_torchscript  # fixtures
+from tests.releases import releases as releases
 from tests.zoo import save_checkpoint
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

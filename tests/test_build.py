@@ -393,10 +393,14 @@ def test_plan_knows_a_gate_that_failed(command: Command, tmp_path: Path, bert: P
     assert "torchscript bf16 fails its gate: cosine 0." in planned["package"][1]
 
 
-def test_misspelt_verb(command: Command) -> None:
-    result = command("verfy")
-    assert result.returncode == 2
-    assert "did you mean 'verify'?" in result.stderr
+def test_misspelt_verb(command: Command, tmp_path: Path) -> None:
+    for arguments in (("verfy",), ("verfy", "artifacts/tiny/1.0.0"), ("verfy", "x", "--key", "key.pub")):
+        result = command(*arguments)
+        assert result.returncode == 2
+        assert result.stderr.splitlines()[-1] == "Error: no such file or verb: verfy; did you mean 'verify'?"
+    (tmp_path / "verfy").write_text("schema: 2\n")
+    assert "verfy:1" in error_line(command("verfy"))  # a pipeline of that name
+    assert "biuld.yaml" in error_line(command("biuld.yaml"))
 
 
 @pytest.mark.parametrize(

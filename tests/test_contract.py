@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,11 +36,11 @@ PRECISIONS = [(name, precision) for name, backend in BACKENDS.items() for precis
 class Prepared:
     """A checkpoint with its reference, and the files that were exported from it so far."""
 
-    def __init__(self, folder: Path, architecture: str, task: str) -> None:
+    def __init__(self, folder: Path, architecture: str, task: str, **config: Any) -> None:
         self.folder = folder
         self.name = architecture
         self.task = task
-        save_checkpoint(folder / "checkpoint", architecture, task)
+        save_checkpoint(folder / "checkpoint", architecture, task, **config)
         spec = ModelSpec(
             name="zoo",
             release="1.0.0",
@@ -112,7 +113,7 @@ def test_files_have_the_names_that_loaders_look_for(tmp_path: Path) -> None:
     assert names == {
         "torchscript fp32": ["torchscript/model.pt"],
         "torchscript bf16": ["torchscript/model_bf16.pt"],
-        "onnx fp32": ["onnx/model.onnx"],
-        "openvino fp32": ["openvino/openvino_model.bin", "openvino/openvino_model.xml"],
+        "onnx fp32": ["onnx/export.json", "onnx/model.onnx", "onnx/model.onnx.data"],
+        "openvino fp32": ["openvino/export.json", "openvino/openvino_model.bin", "openvino/openvino_model.xml"],
         "openvino bf16": ["openvino/openvino_model_bf16.bin", "openvino/openvino_model_bf16.xml"],
     }

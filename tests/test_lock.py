@@ -23,8 +23,8 @@ from compiler.config import ModelSpec, read
 from compiler.errors import LockError
 from compiler.hashing import canonical, file_sha256
 from compiler.lock import check_lock, lock_path, read_lock, write_lock
-from compiler.pipeline import locked_plans, plan_model
 from compiler.plan import Plan
+from compiler.spine import locked_plans, plan_model
 from tests.conftest import Command, error_line, write_pipeline
 from tests.test_build import gone, start, wait_for
 
@@ -204,8 +204,21 @@ def test_no_lock(command: Command, folder: Path) -> None:
     assert not (folder / "artifacts").exists()
 
 
+def test_each_pipeline_has_a_lock_of_its_own() -> None:
+    names = {
+        "pipeline.yaml": "pipeline.lock",
+        "pipeline-1.1.yaml": "pipeline-1.1.lock",
+        "pipeline-1.1": "pipeline-1.1.lock",
+        "pipeline-1.2": "pipeline-1.2.lock",
+        "pipeline.yml": "pipeline.yml.lock",
+        ".yaml": ".lock",
+    }
+    assert {name: lock_path(Path("models") / name) for name in names} == {
+        name: Path("models") / lock for name, lock in names.items()
+    }
+
+
 def test_a_pipeline_called_like_a_lock() -> None:
-    assert lock_path(Path("models/a.yaml")) == Path("models/a.lock")
     with pytest.raises(LockError, match=r"call the pipeline a\.yaml"):
         lock_path(Path("models/a.lock"))
 

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from hypothesis import given, settings, strategies
 
-from compiler.errors import ReleaseError, SigningError
+from compiler.errors import ReleaseError, SigningError, StageError
 from compiler.hashing import hash_file, hash_folder, list_files
 from compiler.manifest import MANIFEST, SIGNATURE, SUMS, from_bytes
 from compiler.signing import sign, verify_signature
@@ -34,6 +34,7 @@ from compiler.stages.publish import push
 from compiler.verify import read_release, record_benchmark, verify_files
 from tests.conftest import Command, error_line, seal
 from tests.stages.test_package import Parts
+from tests.test_store import small_disk
 
 PASSWORD = "correct horse"  # noqa: S105
 
@@ -206,6 +207,27 @@ class TestSigned:
         verify_files(release, manifest)
         assert hash_folder(original) != hash_folder(release)
 
+    def test_where_the_release_is_a_mount_point(self, release: Path, keys: Path, tmp_path: Path) -> None:
+        """Whose parent may be another file system, or not be writable."""
+        with small_disk(tmp_path / "disk", "1m") as disk:
+            shutil.copytree(release, disk, dirs_exist_ok=True)
+            sign(disk, keys / "theirs.pem", no_password)
+            verify(disk, keys / "theirs.pub")
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            with pytest.raises(StageError) as caught:
+                sign(disk, keys / "ours.pem", no_password)
+            instead = "copy the release to where you can write, and sign it there"
+            assert str(caught.value) == f"the signature: {disk}: cannot be written (Read-only file system); {instead}"
+
+    def test_signing_that_was_killed(self, release: Path, keys: Path) -> None:
+        """Between writing and renaming: it is said, and signing again removes it."""
+        before = hash_folder(release)
+        (release / f".{SIGNATURE}.new").write_bytes(b"half of it")
+        refused(release, keys / "ours.pub", f".{SIGNATURE}.new is not in the manifest (sign", "run it again")
+        sign(release, keys / "ours.pem", no_password)
+        verify(release, keys / "ours.pub")
+        assert [file.path for file in hash_folder(release)] == [file.path for file in before]
+
     def test_openssl_makes_the_keys(self, release: Path, tmp_path: Path) -> None:
         """As the README has it."""
         if shutil.which("openssl") is None:
@@ -367,9 +389,9 @@ class TestRefusals:
 
     def test_a_key_that_is_not_there(self, release: Path, keys: Path) -> None:
         manifest, _ = read_release(release)
-        with pytest.raises(SigningError, match=r"nobody.pem: cannot be read"):
+        with pytest.raises(SigningError, match=r"nobody.pem: cannot be read \(.*\); give your private key"):
             sign(release, keys / "nobody.pem", no_password)
-        with pytest.raises(SigningError, match=r"nobody.pub: cannot be read"):
+        with pytest.raises(SigningError, match=r"nobody.pub: cannot be read \(.*\); give the signer's public"):
             verify_signature(release, manifest, keys / "nobody.pub")
         with pytest.raises(SigningError, match="cannot be read"):
             sign(release, keys, no_password)

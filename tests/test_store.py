@@ -18,7 +18,7 @@ import pytest
 
 from compiler.errors import SourceError, StageError
 from compiler.hashing import list_files
-from compiler.store import ENTRY, SCRATCH, Entry, Step, Store, remove, scratch, sweep, write_file, writing
+from compiler.store import ENTRY, SCRATCH, Entry, Step, Store, remove, replace_files, scratch, sweep, write_file, writing
 
 STEP = Step("tiny 1.0.0", "load", "", {"a": "1", "torch": "2"})
 
@@ -420,6 +420,41 @@ class TestDisk:
             with pytest.raises(StageError) as caught:
                 Store(disk / "cache").get_or_make(STEP, make)
             one_line(caught, "the cache", "Read-only")
+
+    @pytest.mark.parametrize("relative", [False, True])
+    def test_no_scratch_path_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool) -> None:
+        with small_disk(tmp_path / "disk", "64k") as disk:
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            monkeypatch.chdir(disk)
+            where = Path() if relative else disk
+            with pytest.raises(StageError) as caught, writing(where, "it", "go elsewhere"), scratch(disk):
+                raise AssertionError
+            assert str(caught.value) == f"it: {where}: cannot be written (Read-only file system); go elsewhere"
+
+    def test_a_mount_point_in_a_renames_way(self, tmp_path: Path) -> None:
+        """Also one of the same file system, which looks like any folder until then."""
+        for name in ("there", "mount", "made"):
+            (tmp_path / name).mkdir()
+        if platform.system() != "Linux" or os.geteuid() != 0:
+            pytest.skip("mounting takes root on Linux")
+        mount = ["mount", "--bind", str(tmp_path / "there"), str(tmp_path / "mount")]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("mounting is not permitted here")
+        try:
+            with pytest.raises(StageError) as caught, writing(tmp_path, "it"):
+                os.rename(tmp_path / "made", tmp_path / "mount")
+        finally:
+            subprocess.run(["umount", "-l", tmp_path / "mount"], check=True)
+        one_line(caught, f"it: {tmp_path}/mount: is a mount point", f"such as {tmp_path}/mount/release")
+
+    def test_replacing_files_is_all_or_nothing(self, tmp_path: Path) -> None:
+        with small_disk(tmp_path / "disk", "64k") as disk:
+            write_file(disk / "a", b"old")
+            with pytest.raises(OSError, match="No space left"):
+                replace_files(disk, {"a": b"new", "b": b"x" * 70_000})
+            assert {path.name: path.read_bytes() for path in disk.iterdir()} == {"a": b"old"}
+            replace_files(disk, {"a": b"new", "b": b"more"})
+            assert {path.name: path.read_bytes() for path in disk.iterdir()} == {"a": b"new", "b": b"more"}
 
     def test_a_compilers_own_error_is_left_alone(self, tmp_path: Path) -> None:
         error = SourceError("own")

@@ -6,12 +6,15 @@ that reading this table costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compiler.backends import onnx, openvino, torchscript
 from compiler.types import Artifact, Model, Precision, Runner, Target
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Backend(Protocol):
@@ -43,6 +46,13 @@ class Backend(Protocol):
 
     def open(self, root: Path, artifact: Artifact, threads: int | None) -> Runner:
         """The artifact below `root` in its runtime, under its settings; all cores when `threads` is None."""
+
+    def inner(
+        self, root: Path, artifact: Artifact, inputs: Mapping[str, np.ndarray[Any, Any]]
+    ) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+        """Every value between the inputs and the outputs that the artifact computes in floating point, float32, by its name in
+        the file and in the order of the file; the outputs come last, by their own names. The inputs are without padding, and
+        the file stays as it is: a copy in memory gives its inner values as further outputs."""
 
 
 BACKENDS: dict[str, Backend] = {"torchscript": torchscript, "onnx": onnx, "openvino": openvino}

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiler.exported import describe
 from compiler.types import Artifact, Model, Precision, Runner, Target
+from compiler.workers import THREADS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +45,8 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     shapes = model.dynamic_axes(torch.export.Dim.DYNAMIC)
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=target.opset)
     with _marked(model):
-        program = OnnxExporter().export(model.module, dict(model.example), config).program
+        exported = OnnxExporter().export(model.module, dict(model.example), config)
+    program = exported.program
     _drop_paths(program)
     fused = onnx_graph.fuse(program)
     _name_axes(program.graph, model.axes)
@@ -52,6 +55,7 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     weights = sum(value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value)
     # Loaders look for weights inside the file, or, past what a protobuf holds, in `<file>_data`.
     onnx_ir.save(program, str(path), external_data=None if weights < INLINE_BYTES else f"{path.name}_data")
+    describe(path, exported)
     return {"opset": program.graph.opset_imports[""], "fusions": fusions(program.graph, fused)}
 
 
@@ -127,18 +131,53 @@ def reduce(out: Path, exported: Path, precision: Precision) -> dict[str, Any]:
 def open(root: Path, artifact: Artifact, threads: int | None) -> Runner:
     import onnxruntime
 
-    settings = artifact.runtime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    level = getattr(onnxruntime.GraphOptimizationLevel, settings["graph_optimization_level"])
-    options.graph_optimization_level = level
     path = root / artifact.files[0].path
-    session = onnxruntime.InferenceSession(str(path), options, providers=[settings["provider"]])
+    options = _options(artifact, threads)
+    session = onnxruntime.InferenceSession(str(path), options, providers=[artifact.runtime["provider"]])
     outputs = [output.name for output in session.get_outputs()]
 
     def run(inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         return dict(zip(outputs, session.run(None, dict(inputs)), strict=True))
 
     return run
+
+
+def _options(artifact: Artifact, threads: int | None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    level = getattr(onnxruntime.GraphOptimizationLevel, artifact.runtime["graph_optimization_level"])
+    options.graph_optimization_level = level
+    return options
+
+
+def inner(
+    root: Path, artifact: Artifact, inputs: Mapping[str, np.ndarray[Any, Any]]
+) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    import numpy as np
+    import onnx
+    import onnxruntime
+
+    path = root / artifact.files[0].path
+    model = onnx.load(str(path), load_external_data=False)
+    outputs = [output.name for output in model.graph.output]
+    computed = {value.name for value in model.graph.input}
+    names = []
+    for node in model.graph.node:
+        # What a branch reads from outside is not among the inputs of its `If`.
+        if node.op_type == "If" or computed.intersection(node.input):
+            computed.update(node.output)
+            names += [name for name in node.output if name and name not in outputs]
+    # ONNX Runtime infers their types and shapes.
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = _options(artifact, THREADS)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[artifact.runtime["provider"]])
+    del model
+    floats = {output.name for output in session.get_outputs() if output.type in ("tensor(float)", "tensor(float16)")}
+    wanted = [name for name in (*names, *outputs) if name in floats]
+    for name, value in zip(wanted, session.run(wanted, dict(inputs)), strict=True):
+        yield name, np.asarray(value, dtype=np.float32)

@@ -8,11 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiler.exported import describe
 from compiler.types import Artifact, Model, Precision, Runner, Target
+from compiler.workers import THREADS
 
 if TYPE_CHECKING:
     import numpy as np
     import openvino
+    from transformers.exporters import ExportedModel
 
 LIBRARIES = ("torch", "transformers", "sympy", "openvino", "numpy")
 # bf16 is the fp32 graph with its weights rounded: a second trace would cost seconds and round the norms as well.
@@ -32,6 +35,8 @@ ELEMENTWISE = frozenset({
 # fmt: on
 # Small constants (scales, shapes, norms) stay as they are: they weigh nothing and rounding them costs accuracy.
 SMALLEST_WEIGHT = 4096
+# The branch of a padding-free model for batches without padding, as `openvino_graph.join` has it: the second, `else`.
+DENSE = 1
 # What the names of the conversions of rounded weights end in.
 ROUNDED = "/rounded"
 
@@ -57,17 +62,17 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
 
     config = OpenVINOConfig(dynamic=True, dynamic_shapes=model.dynamic_axes(torch.export.Dim.DYNAMIC))
     if (rewrite := model.rewrites.get("padding_free")) is None:
-        program = OpenVINOExporter().export(model.module, dict(model.example), config).program
-        _divide_in_integers(program)
+        exported = OpenVINOExporter().export(model.module, dict(model.example), config)
+        _divide_in_integers(exported.program)
         if model.positions is not None:
-            _tabulate_positions(program, model.positions)
-        return _save(program, out, target.precision)
+            _tabulate_positions(exported.program, model.positions)
+        return _save(exported.program, out, target.precision, exported)
     with rewrite.applied(model.module, Marked), _converted_twice() as packed:
-        dense = OpenVINOExporter().export(model.module, dict(model.example), config).program
-    program = openvino_graph.join(dense, packed[0])
+        exported = OpenVINOExporter().export(model.module, dict(model.example), config)
+    program = openvino_graph.join(exported.program, packed[0])
     # A model may have an `If` of its own; this says that the one on top is ours, also to who reads the file again.
     program.set_rt_info(str(rewrite.count), ["padding_free"])
-    return _save(program, out, target.precision)
+    return _save(program, out, target.precision, exported)
 
 
 @contextlib.contextmanager
@@ -266,12 +271,14 @@ def _mark_rounded(path: Path) -> None:
     tree.write(path, encoding="utf-8", xml_declaration=True)
 
 
-def _save(program: openvino.Model, out: Path, precision: Precision) -> dict[str, Any]:
+def _save(program: openvino.Model, out: Path, precision: Precision, exported: ExportedModel | None = None) -> dict[str, Any]:
     import openvino
 
     path = out / files(precision)[0]
     path.parent.mkdir(parents=True)
     openvino.save_model(program, str(path), compress_to_fp16=False)
+    if exported is not None:
+        describe(path, exported)
     return {"opset": None, "fusions": _fusions(program)}
 
 
@@ -280,22 +287,23 @@ def _fusions(program: openvino.Model) -> dict[str, int]:
     packed = program.has_rt_info(["padding_free"])
     layers = program
     if packed:
-        layers = next(node for node in program.get_ordered_ops() if node.get_type_name() == "If").get_function(1)
+        layers = _choice(program).get_function(DENSE)
     counts = Counter(node.get_type_name() for node in layers.get_ordered_ops())
     if packed:
         counts["padding_free"] = int(program.get_rt_info(["padding_free"]).astype(str))
     return {name: counts[name] for name in FUSED if counts[name]}
 
 
+def _choice(program: openvino.Model) -> openvino.Node:
+    """The `If` on top of a model that has `padding_free` among its runtime info."""
+    return next(node for node in program.get_ordered_ops() if node.get_type_name() == "If")
+
+
 def open(root: Path, artifact: Artifact, threads: int | None) -> Runner:
     import openvino
 
-    settings = dict(artifact.runtime)
-    device = settings.pop("device")
-    if threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = threads
-    path = next(file.path for file in artifact.files if file.path.endswith(".xml"))
-    compiled = openvino.Core().compile_model(str(root / path), device, settings)
+    device, settings = _settings(artifact, threads)
+    compiled = openvino.Core().compile_model(str(root / _xml(artifact)), device, settings)
     request = compiled.create_infer_request()
     wanted = [port.get_any_name() for port in compiled.inputs]
     outputs = [output.get_any_name() for output in compiled.outputs]
@@ -308,3 +316,56 @@ def open(root: Path, artifact: Artifact, threads: int | None) -> Runner:
         return {name: result[index].copy() for index, name in enumerate(outputs)}
 
     return run
+
+
+def _settings(artifact: Artifact, threads: int | None) -> tuple[str, dict[str, Any]]:
+    settings = dict(artifact.runtime)
+    device = settings.pop("device")
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return device, settings
+
+
+def _xml(artifact: Artifact) -> str:
+    return next(file.path for file in artifact.files if file.path.endswith(".xml"))
+
+
+def inner(
+    root: Path, artifact: Artifact, inputs: Mapping[str, np.ndarray[Any, Any]]
+) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    import numpy as np
+    import openvino
+
+    core = openvino.Core()
+    program = core.read_model(str(root / _xml(artifact)))
+    layers = program
+    feeds = [port.get_any_name() for port in program.inputs]
+    outputs = [port.get_any_name() for port in program.outputs]
+    if program.has_rt_info(["padding_free"]):
+        # Nothing inside of a branch can be an output, so the branch is run as a model of its own.
+        choice = _choice(program)
+        layers = choice.get_function(DENSE)
+        outer = [value.get_node().output(0).get_any_name() for value in choice.input_values()[1:]]
+        described = {link.body_parameter_index: link.input_index for link in choice.get_input_descriptions(DENSE)}
+        feeds = [outer[described[place] - 1] for place in range(len(layers.get_parameters()))]
+        results = {link.output_index: link.body_value_index for link in choice.get_output_descriptions(DENSE)}
+        sources = [result.input_value(0).get_index() for result in program.get_results()]
+        own = dict(zip((results[index] for index in sources), outputs, strict=True))
+        outputs = [own.get(place, f"result {place}") for place in range(len(layers.get_results()))]
+    names, values = [], []
+    computed: set[str] = set()
+    ends = {result.input_value(0).get_node().get_friendly_name() for result in layers.get_results()}
+    for node in layers.get_ordered_ops():
+        kind, name = node.get_type_name(), node.get_friendly_name()
+        if kind == "Parameter" or any(value.get_node().get_friendly_name() in computed for value in node.input_values()):
+            computed.add(name)
+            if kind not in ("Parameter", "Result") and name not in ends:
+                found = [output for output in node.outputs() if output.get_element_type().is_real()]
+                values += found
+                names += [name if len(node.outputs()) == 1 else f"{name}:{output.get_index()}" for output in found]
+    layers.add_outputs(values)
+    device, settings = _settings(artifact, THREADS)
+    request = core.compile_model(layers, device, settings).create_infer_request()
+    given = request.infer({place: inputs[name] for place, name in enumerate(feeds)})
+    for name, place in zip((*names, *outputs), (*range(len(outputs), len(given)), *range(len(outputs))), strict=True):
+        yield name, np.array(given[place], dtype=np.float32)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiler.types import Artifact, Model, Precision, Runner, Target
+from compiler.workers import THREADS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +25,8 @@ FUSIONS = ("padding_free", "linear")
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 # torch aligns the tensors in its archives so that they can be mapped into memory.
 ALIGNMENT = 64
+# What the names of inner values start with, among the outputs of a copy that gives them.
+INNER = "inner "
 
 
 def files(precision: Precision) -> tuple[str, ...]:
@@ -140,3 +143,43 @@ def open(root: Path, artifact: Artifact, threads: int | None) -> Runner:
         return {name: value.numpy() for name, value in outputs.items()}
 
     return run
+
+
+def inner(
+    root: Path, artifact: Artifact, inputs: Mapping[str, np.ndarray[Any, Any]]
+) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    import torch
+
+    torch.set_float32_matmul_precision(artifact.runtime["float32_matmul_precision"])
+    torch.set_num_threads(THREADS)
+    # As `torch.jit.load` does, but that the functions of the file, which its module calls, can be asked for.
+    unit = torch._C.CompilationUnit()
+    path = str(root / artifact.files[0].path)
+    loaded = torch._C.import_ir_module(unit, path, torch.device("cpu"), {}, False)  # type: ignore[call-arg]
+    script = torch.jit._recursive.wrap_cpp_module(loaded)
+    names: list[str] = []
+    functions: Any = unit.get_functions()  # type: ignore[func-returns-value]  # torch's stubs say None
+    for function in functions:
+        graph = function.graph
+        answer = next(graph.outputs()).node()
+        if answer.kind() != "prim::DictConstruct":  # not one of the traces of the model
+            continue
+        parameters = {value.debugName() for value in graph.inputs()}
+        for node in list(graph.nodes()):
+            unpacks = node.kind() == "prim::ListUnpack" and next(node.inputs()).debugName() in parameters
+            if unpacks or node.kind() == "prim::Constant":
+                continue  # inputs and weights
+            for value in node.outputs():
+                if value.type().kind() == "TensorType":
+                    # The function is compiled when it is first called, with what its answer then holds.
+                    names.append(f"{INNER}{len(names)} {value.debugName()}")
+                    graph.setInsertPoint(answer)
+                    answer.addInput(graph.insertConstant(names[-1]))
+                    answer.addInput(value)
+    with torch.inference_mode():
+        found = script(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+    # The traces of the branch that did not run are not in it.
+    for name in (*(name for name in names if name in found), *(name for name in found if not name.startswith(INNER))):
+        if found[name].is_floating_point() and not found[name].is_mkldnn:
+            shown = name.removeprefix(INNER).partition(" ")[2] if name.startswith(INNER) else name
+            yield shown, found[name].float().numpy()

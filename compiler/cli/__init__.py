@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -16,14 +18,22 @@ import click
 from click_default_group import DefaultGroup  # type: ignore[import-untyped]
 
 import compiler
-from compiler.cli import pipelines, registries, releases
+from compiler.cli import pipelines, registries, releases, run
 from compiler.cli.output import print_json, report_json
 from compiler.errors import CompileError, ReleaseError
 
 
-@click.group(
-    cls=cast("type[click.Group]", DefaultGroup), default="build", context_settings={"help_option_names": ["-h", "--help"]}
-)
+class _Verbs(DefaultGroup):  # type: ignore[misc]
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """A misspelt verb would be taken for a pipeline's name, since `build` may be left out."""
+        close = difflib.get_close_matches(args[0], self.commands, n=1) if re.fullmatch(r"[\w-]+", args[0]) else []
+        if close and args[0] not in self.commands and not os.path.lexists(args[0]):
+            raise click.UsageError(f"no such file or verb: {args[0]}; did you mean {close[0]!r}?", ctx)
+        found: tuple[str | None, click.Command | None, list[str]] = super().resolve_command(ctx, args)
+        return found
+
+
+@click.group(cls=cast("type[click.Group]", _Verbs), default="build", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(compiler.__version__, prog_name="compile")
 def cli() -> None:
     """Compile checkpoints into validated, versioned CPU releases: TorchScript, ONNX, OpenVINO.
@@ -42,6 +52,8 @@ for command in (
     releases.sign,
     releases.bench,
     releases.diff,
+    run.run,
+    run.evaluate,
     registries.push,
     registries.pull,
     registries.list_versions,
@@ -83,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             answer = {"error": text, "kind": type(error).__name__, "artifacts": [report_json(report) for report in reports]}
             if isinstance(error, ReleaseError) and error.files:
                 answer["files"] = list(error.files)
+            if blame := getattr(error, "blame", ()):
+                answer["blame"] = list(blame)
             if error.released:
                 answer["releases"] = error.released
             print_json(answer)

@@ -14,7 +14,10 @@ cache_option = click.option(
 )
 
 locked_option = click.option(
-    "--locked", is_flag=True, help="Refuse when anything is not as pipeline.lock, which builds write, records it."
+    "--locked",
+    is_flag=True,
+    help="Refuse when anything is not as the lock, which builds write, records it: pipeline.lock beside pipeline.yaml, "
+    "NAME.lock beside NAME.yaml.",
 )
 
 

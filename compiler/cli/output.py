@@ -12,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from compiler.bench import Result
+    from compiler.blame import Blame, Row
     from compiler.manifest import Manifest
     from compiler.stages.publish import Published
     from compiler.types import Report
@@ -34,6 +35,7 @@ def published_json(published: Published) -> dict[str, Any]:
         "made": published.made,
         "aliases": version.aliases,
         "moved": published.moved,
+        "moved_from": published.before,
         "signed": published.signed,
         **({"signature_sent": False} if published.unsent else {}),
     }
@@ -93,3 +95,23 @@ def table(manifest: Manifest, reports: Sequence[Report], path: Path) -> None:
 
 def verdicts(reports: Sequence[Report]) -> str:
     return lines([HEADINGS, *(_row(report, "–", "–") for report in reports)])
+
+
+def print_blame(found: Blame) -> None:
+    """A row for each layer of an artifact, and for what is inside of the one that departs."""
+
+    def row(one: Row, indent: str = "") -> tuple[str, ...]:
+        if one.value is None:
+            return (f"{indent}{one.layer}", *"–––––")
+        lost = "–" if one.lost is None else f"{one.lost:.2g}"
+        figures = (f"{one.error:.2g}", f"{one.cosine:.7f}", lost, f"{one.own:.2g}")
+        return (f"{indent}{one.layer}", *figures, one.value)
+
+    rows: list[tuple[str, ...]] = [("layer", "error", "cosine", "lost", "own error", "in the file as")]
+    for layer in found.layers:
+        rows.append(row(layer))
+        if found.departs is not None and layer.layer == found.departs.within:
+            rows += [row(module, "  ") for module in found.inside]
+    click.echo(f"{found.format} {found.precision}: {found.verdict}")
+    click.echo(f"{found.sample}; a layer departs when its own error is more than {found.allowed:g}")
+    click.echo(lines(rows) + "\n")

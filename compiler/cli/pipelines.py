@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,12 +47,11 @@ def build(
     from compiler.build import FOLDER, Context
     from compiler.config import read
     from compiler.lock import lock_path
-    from compiler.pipeline import build as run
-    from compiler.pipeline import connect
-    from compiler.pipeline import publish as run_publish
     from compiler.progress import Display
+    from compiler.spine import build as run
+    from compiler.spine import connect
+    from compiler.spine import publish as run_publish
 
-    _expect_file(pipeline)
     parsed = read(pipeline)
     if not no_publish:
         connect(parsed, only)
@@ -102,7 +100,7 @@ def plan(
     from compiler.build import planned
     from compiler.config import read
     from compiler.lock import lock_path
-    from compiler.pipeline import locked_plans, plan_model, select
+    from compiler.spine import locked_plans, plan_model, select
 
     parsed = read(pipeline)
     where = output if output is not None else pipeline.parent / parsed.output
@@ -162,14 +160,6 @@ def schema(as_json: bool) -> None:
 
     del as_json  # it is JSON either way
     print_json(make())
-
-
-def _expect_file(pipeline: Path) -> None:
-    """A misspelt verb is taken for a pipeline's name, since `build` may be left out."""
-    group = click.get_current_context().find_root().command
-    close = difflib.get_close_matches(str(pipeline), group.commands if isinstance(group, click.Group) else (), n=1)
-    if close and not pipeline.exists():
-        raise click.UsageError(f"no such command or file: {pipeline}; did you mean {close[0]!r}?")
 
 
 def _release_json(release: Release, published: Iterable[Published]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def push(release: Path, url: str, aliases: tuple[str, ...], as_json: bool) -> No
     version = published.version
     there = UNSENT if published.unsent else "nothing was sent"
     what = "published" if published.made else f"is there already, the same; {there}"
-    moved = f"; {', '.join(published.moved)} moved to it" if published.moved else ""
-    click.echo(f"{manifest.name} {version.release}  {url}@{version.release}  {what}{moved}")
+    said = "; ".join((what, *([f"{published.new} moved to it"] if published.new else []), *published.taken))
+    click.echo(f"{manifest.name} {version.release}  {url}@{version.release}  {said}")
     click.echo(f"sha256:{version.digest}")
 
 
@@ -47,8 +47,11 @@ def pull(url: str, folder: Path, as_json: bool) -> None:
     from compiler import registries
     from compiler.progress import status
     from compiler.stages.publish import pull as run
+    from compiler.store import check_can_appear
 
     registries.parse(url)  # before it is shown: one that holds a login is refused, and not repeated
+    if not folder.is_dir() or not any(folder.iterdir()):  # or else it may be the release already
+        check_can_appear(folder)
     with status() as tell:
         tell(f"fetching {url}")
         manifest, made = run(url, folder)
@@ -94,9 +97,12 @@ def list_versions(url: str, as_json: bool) -> None:
 def alias(url: str, name: str, as_json: bool) -> None:
     """Make NAME (such as prod) name the version that REF names, in one step."""
     from compiler.stages.publish import alias as run
+    from compiler.stages.publish import moved_from
 
-    version, moved = run(url, name)
+    version, moved, before = run(url, name)
     if as_json:
-        print_json({"alias": name, "moved": moved, **asdict(version)})
-        return
-    click.echo(f"{name} → {version.release}" + ("" if moved else ", as before"))
+        print_json({"alias": name, "moved": moved, "moved_from": before if moved else None, **asdict(version)})
+    elif moved and before is not None:
+        click.echo(moved_from(name, before, version.release))
+    else:
+        click.echo(f"{name} → {version.release}" + ("" if moved else ", as before"))

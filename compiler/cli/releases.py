@@ -9,12 +9,17 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from compiler.cli.options import cache_option, json_option, open_store
-from compiler.cli.output import either, number, pairs, print_benchmark, print_json, report_json, table
+from compiler.cli.output import either, number, pairs, print_benchmark, print_blame, print_json, report_json, table
 from compiler.errors import ReleaseError, SigningError
+
+if TYPE_CHECKING:
+    from compiler.blame import Blame
+    from compiler.types import Report
 
 PASSWORD_VARIABLE = "COMPILE_SIGN_PASSWORD"  # noqa: S105
 
@@ -66,8 +71,14 @@ def inspect(release: Path, as_json: bool) -> None:
 @click.argument("release", type=click.Path(path_type=Path))
 @click.option("--key", type=click.Path(path_type=Path), help="Also check the signature, with this public key (PEM).")
 @click.option("--numerics", is_flag=True, help="Also reopen every artifact and repeat its checks.")
+@click.option("--blame", is_flag=True, help="Also show each artifact's layers, and the first that departs from the original.")
 @click.option("--rebuild", is_flag=True, help="Also build it again, without the cache, and compare every byte.")
-@click.option("--any-environment", is_flag=True, help="Rebuild also where libraries, CPU or compiler are others.")
+@click.option(
+    "--any-environment",
+    is_flag=True,
+    help="Rebuild also where libraries, CPU or compiler are others. What records those is not compared: bom.cdx.json, "
+    "provenance.json and, of manifest.json, the environment and the steps' keys.",
+)
 @click.option("--source", help="Where the checkpoint is now, if not where the manifest says: path:, package: or hf:.")
 @click.option(
     "--folder", type=click.Path(path_type=Path), help="Where pipeline.yaml's relative paths start, if not here, nor two up."
@@ -80,6 +91,7 @@ def verify(
     release: Path,
     key: Path | None,
     numerics: bool,
+    blame: bool,
     rebuild: bool,
     any_environment: bool,
     source: str | None,
@@ -90,16 +102,17 @@ def verify(
     as_json: bool,
 ) -> None:
     """Hash every file of RELEASE again; with --key, check its signature; with --numerics, repeat its checks against the
-    original; with --rebuild, build it again from what its manifest says, and compare every byte."""
+    original; with --blame, hold every layer against the original's; with --rebuild, build it again from what its manifest
+    says, and compare every byte."""
     from compiler.progress import Display
-    from compiler.verify import is_signed, read_release, verify_files, verify_numerics
+    from compiler.verify import is_signed, open_release, verify_files, verify_numerics
 
     if any_environment and not rebuild:
         raise click.UsageError("--any-environment is for --rebuild")
-    if folder is not None and not (numerics or rebuild):
-        raise click.UsageError("--folder is for --numerics and --rebuild")
+    if folder is not None and not (numerics or blame or rebuild):
+        raise click.UsageError("--folder is for --numerics, --blame and --rebuild")
 
-    manifest, reports = read_release(release)
+    manifest, validation = open_release(release)
     verify_files(release, manifest)
     if key is not None:
         from compiler.signing import verify_signature
@@ -108,9 +121,20 @@ def verify(
     signed = is_signed(release)
     options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     store = open_store(cache_dir)
+    reports: tuple[Report, ...] = ()
+    layers: tuple[Blame, ...] = ()
+    if blame:
+        from compiler.blame import blame_release, departed
+
+        with Display() as display:
+            layers = blame_release(release, manifest, validation, store, display.tell, source, options, folder)
+        for found in () if as_json else layers:
+            print_blame(found)
+        if (error := departed(release, layers)) is not None:
+            raise error
     if numerics:
         with Display() as display:
-            reports = verify_numerics(release, manifest, store, display.tell, source, options, folder)
+            reports = verify_numerics(release, manifest, validation, store, display.tell, source, options, folder)
     count = len(manifest.every_file)
     if not as_json:
         click.echo(f"{manifest.name} {manifest.release}: {count} files are what the manifest says")
@@ -121,7 +145,8 @@ def verify(
         if numerics:
             table(manifest, reports, release)
     if rebuild:
-        from compiler.rebuild import RECORDS
+        from compiler.manifest import MANIFEST
+        from compiler.rebuild import ENVIRONMENT, RECORDS
         from compiler.rebuild import rebuild as run
 
         try:
@@ -134,11 +159,15 @@ def verify(
                 click.echo(f"differs  {name}")
             raise
         if not as_json:
-            left_out = [name for name in RECORDS if name not in again]
-            without = f"; not compared, since they record another environment: {', '.join(left_out)}" if left_out else ""
+            # Where anything is left out all of these are, and of the manifest only what is of the environment.
+            whole = ", ".join(name for name in RECORDS if name != MANIFEST)
+            part = f"{', '.join(ENVIRONMENT)} of {MANIFEST}"
+            without = (
+                "" if MANIFEST in again else f"; not compared, since they record another environment: {whole}, and {part}"
+            )
             click.echo(f"{manifest.name} {manifest.release}: built again, {len(again)} files are the same bytes{without}")
     if as_json:
-        checks = [report_json(report) for report in reports] if numerics else []
+        checks = [report_json(report) for report in reports]
         print_json(
             {
                 "release": str(release),
@@ -147,6 +176,7 @@ def verify(
                 "signature_checked": key is not None,
                 "numerics": numerics,
                 "checks": checks,
+                "blame": [found.to_json() for found in layers],
                 "rebuild": rebuild,
             }
         )
@@ -249,12 +279,28 @@ def bench(
     "gates",
     multiple=True,
     metavar="KIND[=PERCENT]",
-    help="Exit 1 when B is worse than A by more than so many percent in size, numerics, metrics or speed, or lost some of its "
-    "artifacts or fusions; regress=PERCENT is all of these. files: when any byte differs. May be given again.",
+    help="Exit 1 when B is worse than A by more than PERCENT in KIND (see above). May be given again.",
 )
 @json_option
 def diff(before: str, after: str, gates: tuple[str, ...], as_json: bool) -> None:
-    """Compare two releases: A and B are folders, or registries' URLs such as hf://ORG/NAME@1.0.0."""
+    """Compare two releases: A and B are folders, or registries' URLs such as hf://ORG/NAME@1.0.0.
+
+    --fail-on regress=PERCENT fails when B is worse in any of these, which are kinds by themselves too:
+
+    \b
+    artifacts  one that A has is not in B
+    fusions    something is fused fewer times, whatever does it: from Gemm 18 to
+               Gemm 12 and BiasGelu 6 nothing is lost, the other way round gelu is
+    metrics    one fell by more than PERCENT
+    numerics   a figure that has a limit came nearer to it by more than PERCENT of
+               what the limit allows (less than 2 % is rounding, and never counts),
+               or has none in B; figures without a limit do not count
+    size       an artifact grew by more than PERCENT
+    speed      an artifact beats eager by more than PERCENT less, where both
+               releases have a recorded benchmark
+
+    And one that is not part of regress: files, when any byte differs.
+    """
     from compiler.diff import diff as run
     from compiler.diff import parse_gate, worse
     from compiler.diff_text import text

@@ -45,3 +45,31 @@ def _linear(model: Model) -> Any:
 
 #: Each takes a model, leaves it as it is, and returns what a backend applies while it traces, or `Declined`.
 REWRITES: Mapping[str, Callable[..., Any]] = {"padding_free": _padding_free, "linear": _linear}
+
+#: What each counted fusion does, so that two mixes of them can be compared: a layer's bias that `Gemm` adds is added by
+#: `BiasGelu` as well, which does more. One that is not listed does what nothing else does.
+WORK: Mapping[str, tuple[str, ...]] = {
+    "Gelu": ("gelu",),
+    "BiasGelu": ("gelu", "bias of a linear layer"),
+    "Gemm": ("bias of a linear layer",),
+    "linear": ("linear layer",),
+    "linear_gelu": ("linear layer", "gelu"),
+    "linear_add": ("linear layer", "sum after a linear layer"),
+    "Attention": ("attention", "queries, keys and values in one product"),
+    "MultiHeadAttention": ("attention",),
+    "ScaledDotProductAttention": ("attention",),
+    "concat_linear": ("queries, keys and values in one product",),
+    "LayerNormalization": ("norm",),
+    "RMSNormalization": ("norm",),
+    "MVN": ("norm",),
+    "RMS": ("norm",),
+    "RotaryEmbedding": ("rotary embedding",),
+    "RoPE": ("rotary embedding",),
+}
+#: Work that one of these takes in, at most so often, where another fusion would do it: the biases and products of queries,
+#: keys and values.
+TAKES_IN: Mapping[str, Mapping[str, int]] = {
+    "Attention": {"bias of a linear layer": 3},
+    "MultiHeadAttention": {"bias of a linear layer": 3},
+    "concat_linear": {"bias of a linear layer": 2, "linear layer": 3},  # the bias of the joined layer is one
+}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,8 +54,13 @@ class Registry(Protocol):
     and `list`. Network faults are tried again (`compiler.registries.transfer.retrying`) before they are an error.
 
     One with a true attribute `hashes` hashes every file as it sends it, and publishes nothing when one is not what the
-    manifest says (a ReleaseError); for the others a release's files are hashed before they are sent. One with a method
-    `check_alias(name)` raises RegistryError there for what cannot be an alias in it, before anything is sent.
+    manifest says (a ReleaseError). One with a true attribute `checks` leaves that to its server, whose refusal is a
+    ReleaseError: what was hashed in this process before is not hashed again. For the others a release's files are hashed
+    right before they are sent. One with a method
+    `check_alias(name)` raises RegistryError there for what cannot be an alias in it, before anything is sent. One with a
+    method `show(path)` has its page show the newest version, when that is the release at `path`; it is called at the end of
+    every push, once the aliases are where they belong. One with a method `check_same(version)` raises RegistryError when a
+    version that is there, with the release's content, is not what the URL's option asks for.
     """
 
     @property
@@ -66,6 +71,10 @@ class Registry(Protocol):
 
     def resolve(self, reference: str) -> Version | None:
         """The version that a release's name, an alias or a digest names; None where there is none."""
+
+    def model(self) -> str | None:
+        """The name of the model that the newest version is of, by few requests; None where nothing is published yet, or where
+        what is there does not say: a version that is damaged is in no other's way."""
 
     def push(self, parcel: Parcel) -> None:
         """Publish a release whose version does not resolve yet. What an interrupted push sent is not sent again.
@@ -100,16 +109,22 @@ def connect(url: str) -> Registry:
     Raises:
         RegistryError: it is no URL, names a scheme that nothing serves, or holds a login.
     """
-    registry: Registry = _module(url).connect(url.rstrip("/"))
+    registry: Registry = _module(url).connect(_trim(url))
     return registry
 
 
-def ready(url: str) -> None:
-    """See, without a request, that a release can be published at a URL: all that this needs is installed, and the registry
-    takes releases. Raises RegistryError when not."""
-    connect(url)
+def ready(url: str) -> Registry:
+    """As `connect`, once it is seen, without a request, that a release can be published at a URL: all that this needs is
+    installed, and the registry takes releases. Raises RegistryError when not."""
+    # First: nobody need install a package to be told that this does not help.
     if (check := getattr(_module(url), "ready", None)) is not None:
-        check(url.rstrip("/"))
+        check(_trim(url))
+    return connect(url)
+
+
+def _trim(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rstrip('/')}"
 
 
 def _module(url: str) -> Any:
@@ -179,23 +194,48 @@ def match(versions: Sequence[Version], reference: str) -> Version | None:
     return None
 
 
+def newest(names: Iterable[str]) -> str | None:
+    """The newest version among names, of which others may be none."""
+    return max((name for name in names if re.fullmatch(SEMVER, name)), key=precedence, default=None)
+
+
 def read_alias(content: bytes) -> str | None:
     """The version that an alias' file names; None when it names none: a damaged file is told of only to who asks for it."""
     release = content.decode("utf-8", "replace").strip()
     return release if re.fullmatch(SEMVER, release) else None
 
 
-def follow(aliases: Mapping[str, str | None], reference: str, url: str) -> str:
-    """The version that an alias names; a reference that is no alias, as it is.
+Aliases = Mapping[str, str | None]
+
+
+def look_up(
+    reference: str,
+    url: str,
+    every: Callable[[], Sequence[Version]],
+    aliases: Callable[[], Aliases],
+    one: Callable[[str, Aliases], Version | None],
+) -> Version | None:
+    """The version that a reference names, where an alias is a file of its own that names a version.
+
+    Args:
+        every: all versions; asked for when the reference is a digest.
+        aliases: name → version; None for what is there and names none.
+        one: a version by its name, with its aliases among those given.
 
     Raises:
-        RegistryError: the alias is there and names no version.
+        RegistryError: the reference is an alias that names no version, or one that is not there.
     """
-    release = aliases.get(reference, reference)
+    if DIGEST.fullmatch(reference):
+        return match(every(), reference)
+    known = aliases()
+    release = known.get(reference, reference)
     if release is None:
         move = f"compile alias {url}@1.0.0 {reference}"
         raise RegistryError(f"{url}: alias {reference}: cannot be read, or names no version; move it again: {move}")
-    return release
+    version = one(release, known) if re.fullmatch(SEMVER, release) else None
+    if version is None and release != reference:
+        raise RegistryError(f"{url}: {reference} names {release}, which is not there; move it, or push {release}")
+    return version
 
 
 def precedence(release: str) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from compiler.config import SEMVER
 from compiler.errors import RegistryError, ReleaseError
 from compiler.hashing import CHUNK, copy, file_sha256, list_files, sync_folder
-from compiler.manifest import MANIFEST, from_bytes
+from compiler.manifest import MANIFEST, Manifest, from_bytes
 from compiler.registries import (
     ALIAS,
     ALIAS_BYTES,
@@ -36,12 +36,12 @@ from compiler.registries import (
     Registry,
     TakenError,
     Version,
-    follow,
-    match,
+    look_up,
+    newest,
     precedence,
     read_alias,
 )
-from compiler.registries.transfer import SMALL_BYTES, FaultError, key_of, receive
+from compiler.registries.transfer import SMALL_BYTES, FaultError, bounded, key_of, receive
 from compiler.store import locked, write_file
 from compiler.types import File
 
@@ -59,8 +59,6 @@ def connect(url: str) -> Registry:
     path = unquote(url.removeprefix("file://").removeprefix("localhost"))
     if not path.startswith("/"):
         raise RegistryError(f"{url}: a folder's URL is file:// and an absolute path: file:///srv/models/minilm")
-    if "\0" in path:
-        raise RegistryError(f"{url}: a folder's name has no NUL (%00); correct the URL")
     return Folder(url, Path(path))
 
 
@@ -81,16 +79,14 @@ class Folder:
 
     def resolve(self, reference: str) -> Version | None:
         with self._telling():
-            aliases = self._aliases()
-            release = follow(aliases, reference, self.url)
-            if re.fullmatch(SEMVER, release):
-                version = self._version(release, aliases)
-                if version is None and release != reference:
-                    raise RegistryError(
-                        f"{self.url}: {reference} names {release}, which is not there; move it, or push {release}"
-                    )
-                return version
-        return match(self.list(), reference)
+            return look_up(reference, self.url, self.list, self._aliases, self._version)
+
+    def model(self) -> str | None:
+        with self._telling():
+            if (release := newest(_names(self.root))) is not None:
+                with contextlib.suppress(ReleaseError):
+                    return _manifest(self.root / release).name
+        return None
 
     def push(self, parcel: Parcel) -> None:
         with self._telling():
@@ -163,7 +159,7 @@ class Folder:
             if not os.path.lexists(release / name):
                 return None
             with self._telling(), _open(release, name, where) as stream:
-                return _read_small(stream, f"{where}: {name}")
+                return bounded([stream.read(SMALL_BYTES + 1)], f"{where}: {name}")
 
         @contextlib.contextmanager
         def read(file: File) -> Iterator[Iterator[bytes]]:
@@ -195,8 +191,7 @@ class Folder:
         if folder.is_symlink() or not os.path.lexists(folder / MANIFEST):
             raise RegistryError(f"{folder}: is in the way of a release and is none; remove it")
         try:
-            with _open(folder, MANIFEST, str(folder)) as stream:
-                manifest = from_bytes(_read_small(stream, str(folder)), str(folder / MANIFEST))
+            manifest = _manifest(folder)
         except ReleaseError as error:
             raise RegistryError(str(error)) from error
         if manifest.release != release:
@@ -232,6 +227,11 @@ def _names(folder: Path) -> Sequence[str]:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
         return []
+
+
+def _manifest(folder: Path) -> Manifest:
+    with _open(folder, MANIFEST, str(folder)) as stream:
+        return from_bytes(bounded([stream.read(SMALL_BYTES + 1)], str(folder / MANIFEST)), str(folder / MANIFEST))
 
 
 def _put(source: Path, file: File, whole: Path, part: Path) -> None:
@@ -289,10 +289,3 @@ def _open(root: Path, path: str, where: str) -> BinaryIO:
         os.close(descriptor)
         raise ReleaseError(f"{where}: {path} is no file; do not use it")
     return open(descriptor, "rb")
-
-
-def _read_small(stream: BinaryIO, where: str) -> bytes:
-    content = stream.read(SMALL_BYTES + 1)
-    if len(content) > SMALL_BYTES:
-        raise ReleaseError(f"{where}: is larger than any manifest; do not use it")
-    return content

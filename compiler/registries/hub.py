@@ -23,11 +23,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from compiler.errors import RegistryError, ReleaseError
 from compiler.manifest import MANIFEST, OUTSIDE, from_bytes
-from compiler.registries import DIGEST, Parcel, TakenError, Version, match, precedence
+from compiler.registries import DIGEST, Parcel, TakenError, Version, match, newest, precedence
 from compiler.registries.card import model_card
 from compiler.registries.hub_client import KEPT, MAIN, AnswerError, Client, Refs, library, local_hashes
 from compiler.registries.transfer import receive, retrying
@@ -39,7 +39,6 @@ CARD = "README.md"
 ROUNDS = 5
 # How much of its manifest's digest tells a push's branch from another push's of the same version.
 BRANCH_DIGITS = 12
-PRIVATE = {"true": True, "false": False}
 # As the hub has them: `--` and `..` are its own, and a name is at most 96 characters long.
 REPOSITORY = re.compile(r"(?!.*(--|\.\.|\.git$))[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<![.-])", re.ASCII)
 LONGEST = 96
@@ -51,26 +50,22 @@ def connect(url: str) -> Hub:
     """The registry at `hf://ORG/NAME`, with `?private=false` for a repository that everybody may read once it is made.
 
     Raises:
-        RegistryError: the URL names no repository, or holds a login.
+        RegistryError: the URL names no repository.
     """
     parts = urlsplit(url)
-    if parts.username is not None:
-        raise RegistryError(
-            "hf://…@…: a URL has no place for a login; set HF_TOKEN or run `hf auth login`, and give hf://ORG/NAME"
-        )
-    options = parse_qsl(parts.query, keep_blank_values=True)
-    if any(name != "private" or value not in PRIVATE for name, value in options):
-        raise RegistryError(f"{url}: only ?private=true or ?private=false may follow the name")
     repo = f"{parts.netloc}{parts.path}"
-    if not REPOSITORY.fullmatch(repo) or len(repo) > LONGEST or parts.fragment:
+    if not REPOSITORY.fullmatch(repo) or len(repo) > LONGEST:
         raise RegistryError(f"{url}: no repository can be called so; give hf://ORG/NAME")
-    private = PRIVATE[options[-1][1]] if options else True
-    return Hub(url, private, Client(url.partition("?")[0], repo, library()))
+    return Hub(url, parts.query != "private=false", Client(url.partition("?")[0], repo, library()))
 
 
 @dataclass(frozen=True)
 class Hub:
-    """One repository. `private` is what it is made as, when it is not there yet."""
+    """One repository. `private` is what it is made as, when it is not there yet.
+
+    It neither `hashes` nor `checks`: large files are sent by the library, under the sha256 that they are said to have, to a
+    storage of which we do not know that it refuses others. So files are hashed right before they are sent.
+    """
 
     url: str
     private: bool
@@ -97,8 +92,18 @@ class Hub:
                 return None
         version = self._look(release, refs)
         if version is None:
-            raise RegistryError(f"{self.url}: has a tag {release} that holds no release; remove it, or set another release:")
+            raise RegistryError(
+                f"{self.url}: has a tag {release} that holds no release; remove that tag, or raise release: in pipeline.yaml"
+            )
         return version
+
+    def model(self) -> str | None:
+        refs = self.client.refs()
+        release = newest(refs.versions) if refs else None
+        with contextlib.suppress(ReleaseError):
+            content = self.client.small(refs.versions[release], MANIFEST) if refs and release else None
+            return from_bytes(content, self.url).name if content else None
+        return None
 
     def push(self, parcel: Parcel) -> None:
         client, release = self.client, parcel.manifest.release
@@ -125,11 +130,6 @@ class Hub:
             self._tidy(release)
             raise
         self._tidy(release)
-        try:
-            self.show(parcel.path)
-        except RegistryError as error:
-            reason = str(error).removeprefix(f"{client.url}: ")
-            raise RegistryError(f"{self.url}: {release} is published, but {MAIN} does not show it yet: {reason}") from error
 
     def check_alias(self, name: str) -> None:
         """Raises RegistryError for the one name that can be no alias here."""
@@ -181,10 +181,10 @@ class Hub:
     def _look(self, release: str, refs: Refs) -> Version | None:
         """The version that a tag holds; None where it holds no release."""
         commit = refs.versions[release]
-        content = self.client.small(commit, MANIFEST)
-        if content is None:
-            return None
         try:
+            content = self.client.small(commit, MANIFEST)
+            if content is None:
+                return None
             manifest = from_bytes(content, f"{self.url}@{release}: {MANIFEST}")
         except ReleaseError as error:
             raise RegistryError(str(error)) from error
@@ -245,22 +245,29 @@ class Hub:
 
         def attempt() -> None:
             refs = self.client.refs()
-            if refs is None or manifest.release != max(refs.versions, key=precedence, default=""):
+            if refs is None or manifest.release != newest(refs.versions):
                 return
-            # What lies beside a release's files may have changed on disk since it was published: the hub's is shown.
-            beside = {name: self.client.small(refs.versions[manifest.release], name) for name in (MANIFEST, *OUTSIDE)}
-            content = beside[MANIFEST]
+            commit = refs.versions[manifest.release]
+            content = self.client.small(commit, MANIFEST)
             if content is None or from_bytes(content, f"{self.url}@{manifest.release}").identity != manifest.identity:
                 return
             if MAIN in refs.branches and self.client.small(refs.branches[MAIN], MANIFEST) == content:
                 return
+            # What lies beside a release's files may have changed on disk since it was published: the hub's is shown.
+            beside = {MANIFEST: content, **{name: self.client.small(commit, name) for name in OUTSIDE}}
             card = model_card(manifest, reports, self.client.url, self.client.repo).encode()
             shown: dict[File, Path | bytes] = {file: path.absolute() / file.path for file in manifest.every_file}
             shown |= {_file(name, found): found for name, found in beside.items() if found is not None}
             shown = {file: found for file, found in shown.items() if file.path != CARD}
             self.client.commit(MAIN, {**shown, _file(CARD, card): card}, f"Show {manifest.release}")
 
-        self._until_still(attempt)
+        try:
+            self._until_still(attempt)
+        except RegistryError as error:
+            reason = str(error).removeprefix(f"{self.client.url}: ").removeprefix(f"{self.url}: ")
+            raise RegistryError(
+                f"{self.url}: {manifest.release} is published, but {MAIN} does not show it yet: {reason}"
+            ) from error
 
 
 def _file(path: str, content: bytes) -> File:

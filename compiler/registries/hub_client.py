@@ -19,7 +19,7 @@ import compiler
 from compiler.config import SEMVER
 from compiler.errors import RegistryError
 from compiler.registries import ALIAS
-from compiler.registries.transfer import SMALL_BYTES, FaultError, chunks_of, retrying
+from compiler.registries.transfer import FaultError, bounded, chunks_of, retrying
 from compiler.types import File
 
 if TYPE_CHECKING:
@@ -156,16 +156,11 @@ class Client:
         """The content of a small file; None where there is none."""
 
         def fetch() -> bytes | None:
-            found = bytearray()
             try:
                 with self.read(commit, name) as chunks:
-                    for chunk in chunks:
-                        found += chunk
-                        if len(found) > SMALL_BYTES:
-                            raise RegistryError(f"{self.url}: its {name} is larger than {SMALL_BYTES >> 20} MB; do not use it")
+                    return bounded(chunks, f"{self.url}: its {name}")
             except AnswerError:
                 return None
-            return bytes(found)
 
         return retrying(fetch, self.give_up)
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from compiler.config import SEMVER
 from compiler.errors import RegistryError, ReleaseError
 from compiler.manifest import MANIFEST, Manifest
-from compiler.registries import Parcel, Registry, TakenError, Version, match, precedence
+from compiler.registries import Parcel, Registry, TakenError, Version, match, newest, precedence
 from compiler.registries.mlflow_transport import (
     Artifacts,
     MissingError,
@@ -37,13 +37,13 @@ from compiler.registries.mlflow_transport import (
     gave_up,
     imported,
 )
-from compiler.registries.transfer import SMALL_BYTES, FaultError, key_of, receive, retrying
+from compiler.registries.transfer import FaultError, bounded, key_of, receive, retrying
 from compiler.store import locked
 from compiler.types import File
 
 RELEASE, DIGEST, KEY, SENT = "compile.release", "compile.digest", "compile.key", "compile.sent"
-ALIAS_TAG = "compile.alias."
-MODEL, FILES = "model", "release"
+ALIAS_TAG, NAMED = "compile.alias.", "compile.model"
+MODEL, FILES, MLMODEL = "model", "release", "MLmodel"
 DATABASE, STORED, LOCK = "mlflow.db", "mlartifacts", "mlflow.lock"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 NAME = re.compile(r"[\w .-]+")
@@ -58,24 +58,19 @@ def connect(url: str) -> Registry:
     """The registered model that a URL names. Nothing is contacted before the first call.
 
     Raises:
-        RegistryError: the URL names no model, or has an option that there is not.
+        RegistryError: the URL names no model.
     """
     parts = urlsplit(url)
     place, _, name = parts.path.rpartition("/")
     name = unquote(name)
-    options = parse_qs(parts.query, keep_blank_values=True)
-    pyfunc = options.pop("pyfunc", ["false"])
-    if options or pyfunc not in (["true"], ["false"]):
-        raise RegistryError(f"{url}: the only option after '?' is pyfunc=true")
+    pyfunc = parts.query == "pyfunc=true"
     if not NAME.fullmatch(name) or (not parts.netloc and not place):
         raise RegistryError(f"{url}: names no model; give mlflow://host:port/name, or mlflow:///folder/name without a server")
-    if parts.username:
-        raise RegistryError(f"{url}: holds a user's name; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD have it")
     if not parts.netloc:
         folder = Path(unquote(place))
-        return Model(url, name, f"sqlite:///{folder / DATABASE}", folder, pyfunc == ["true"])
+        return Model(url, name, f"sqlite:///{folder / DATABASE}", folder, pyfunc)
     plain = parts.scheme == "mlflow+http" or parts.hostname in LOOPBACK
-    return Model(url, name, f"{'http' if plain else 'https'}://{parts.netloc}{place}", None, pyfunc == ["true"])
+    return Model(url, name, f"{'http' if plain else 'https'}://{parts.netloc}{place}", None, pyfunc)
 
 
 def ready(url: str) -> None:
@@ -115,6 +110,10 @@ class Model:
             )
         return version
 
+    def model(self) -> str | None:
+        found = {version.tags[RELEASE]: version.tags.get(NAMED) for version in reversed(self._versions())}
+        return found.get(newest(found) or "")
+
     def push(self, parcel: Parcel) -> None:
         with self._alone():
             self._make_model()
@@ -131,6 +130,24 @@ class Model:
             # A run that is finished is not taken up again: were its version deleted, a new push sends every file anew.
             self._call("set_terminated", run, "FINISHED")
             self._publish(parcel.manifest, run, root)
+
+    def check_same(self, version: Version) -> None:
+        """Raises RegistryError when the URL asks for the flavour, and a version that is there was published without it."""
+        if not self.pyfunc:
+            return
+        store = artifacts(self.tracking, self.url, self._found(version).source, self._stored)
+
+        def look() -> None:
+            with store.get(MLMODEL):
+                pass
+
+        try:
+            retrying(look, self._give_up)
+        except MissingError:
+            raise RegistryError(
+                f"{self.url}: {version.release} is published already, without pyfunc; a published version never changes: "
+                "raise release: in pipeline.yaml, or leave ?pyfunc=true out"
+            ) from None
 
     def alias(self, name: str, version: Version) -> None:
         number = str(self._found(version).number)
@@ -154,16 +171,11 @@ class Model:
 
         def small(name: str) -> bytes | None:
             def once() -> bytes | None:
-                content = b""
                 try:
                     with store.get(f"{FILES}/{name}") as chunks:
-                        for chunk in chunks:
-                            content += chunk
-                            if len(content) > SMALL_BYTES:
-                                raise ReleaseError(f"{where}: {name} is larger than any; do not use it")
+                        return bounded(chunks, f"{where}: {name}")
                 except MissingError:
                     return None
-                return content
 
             return retrying(once, self._give_up)
 
@@ -201,8 +213,6 @@ class Model:
 
     def _all(self) -> tuple[Found, ...]:
         """Every release, by its lowest version; versions that others made, without our tags, are none."""
-        if self.folder is not None and not (self.folder / DATABASE).is_file():
-            return ()
         named: dict[int, list[str]] = {}
         versions = self._versions()
         for alias, number in (self._aliases() if versions else {}).items():
@@ -217,6 +227,8 @@ class Model:
 
     def _versions(self) -> tuple[Any, ...]:
         """MLflow's versions that are releases, in the order in which they were made."""
+        if self.folder is not None and not (self.folder / DATABASE).is_file():
+            return ()
         versions: tuple[Any, ...] = ()
         token = None
         while True:
@@ -328,7 +340,7 @@ def _tags(manifest: Manifest) -> dict[str, str]:
     tags = {
         RELEASE: manifest.release,
         DIGEST: manifest.identity,
-        "compile.model": manifest.name,
+        NAMED: manifest.name,
         "compile.task": manifest.task,
         "compile.formats": ", ".join(f"{artifact.format} {artifact.precision}" for artifact in manifest.artifacts),
         "compile.licence": manifest.source.licence or "unknown",

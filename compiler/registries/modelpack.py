@@ -102,7 +102,7 @@ def _layer(file: File, media_type: str) -> dict[str, Any]:
 
 def _media_type(path: str, manifest: Manifest) -> str:
     if any(file.path == path for artifact in manifest.artifacts for file in artifact.files):
-        return WEIGHT
+        return WEIGHT_CONFIG if path.endswith(".json") else WEIGHT
     if path == SAMPLES:
         return DATASET
     if path in (VALIDATION, *OUTSIDE) or _DOCUMENTS.match(PurePosixPath(path).name):
@@ -129,6 +129,16 @@ def label(content: bytes, where: str) -> tuple[str, str]:
     ):
         raise OtherError(f"{where}: a model that another tool packed, not a release; fetch it with that tool")
     return release, digest.removeprefix("sha256:")
+
+
+def title(content: bytes) -> str | None:
+    """The name of the model that a manifest of OCI is of; None when it names none, or is something else."""
+    try:
+        annotations = _read(content, "").get("annotations")
+    except OtherError:
+        return None
+    found = annotations.get(TITLE) if isinstance(annotations, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _read(content: bytes, where: str) -> dict[str, Any]:

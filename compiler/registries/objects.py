@@ -24,22 +24,21 @@ from urllib.parse import urlsplit
 from compiler.config import SEMVER
 from compiler.errors import CompileError, RegistryError, ReleaseError
 from compiler.hashing import canonical
-from compiler.manifest import MANIFEST
+from compiler.manifest import MANIFEST, from_bytes
 from compiler.registries import (
     ALIAS,
     ALIAS_BYTES,
-    DIGEST,
     SCHEMES,
     Parcel,
     Registry,
     TakenError,
     Version,
-    follow,
-    match,
+    look_up,
+    newest,
     precedence,
     read_alias,
 )
-from compiler.registries.transfer import SMALL_BYTES, FaultError, chunks_of, key_of, receive, retrying
+from compiler.registries.transfer import SMALL_BYTES, FaultError, bounded, chunks_of, key_of, receive, retrying
 from compiler.types import File
 
 T = TypeVar("T")
@@ -53,7 +52,7 @@ MAX_PARTS = 9_000
 AT_ONCE = 4
 S3 = ("s3", "s3a")
 # Where two pushes of one version cannot both succeed, because the store itself refuses to create an object twice.
-CREATES = (*S3, "memory")
+CREATES = S3
 NEEDS = {"s3": "s3", "s3a": "s3"}
 VARIABLES = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
@@ -81,9 +80,6 @@ def connect(url: str) -> Registry:
 
     parts = urlsplit(url)
     scheme = parts.scheme
-    if parts.query or parts.fragment:
-        # What follows may be a token: it is not repeated.
-        raise RegistryError(f"{re.split('[?#]', url)[0]}: a registry's URL has no ? or #; leave it out")
     if not parts.netloc:
         raise RegistryError(f"{url}: names no bucket; a registry's URL is {scheme}://BUCKET/PATH")
     try:
@@ -112,8 +108,10 @@ def connect(url: str) -> Registry:
 
 
 def ready(url: str) -> None:
-    """Raises RegistryError when two pushes to a URL could both succeed."""
+    """Raises RegistryError when two pushes to a URL could both succeed, or nothing would be there afterwards."""
     scheme = urlsplit(url).scheme
+    if scheme == "memory":
+        raise RegistryError(f"{url}: memory:// is gone once this command has ended; push to {SCHEMES}")
     if scheme not in CREATES:
         raise RegistryError(f"{url}: {scheme}:// cannot be kept from replacing a published version; push to {SCHEMES}")
 
@@ -136,19 +134,18 @@ class Objects:
             return tuple(version for version in found if version is not None)
 
     def resolve(self, reference: str) -> Version | None:
-        if DIGEST.fullmatch(reference):
-            return match(self.list(), reference)
-        aliases = self._aliases()
-        release = follow(aliases, reference, self.url)
-        if not re.fullmatch(SEMVER, release):
+        return look_up(reference, self.url, self.list, self._aliases, self._version)
+
+    def model(self) -> str | None:
+        if (release := newest(self._names(VERSIONS))) is None:
             return None
-        version = self._version(release, aliases)
-        if version is None and release != reference:
-            raise RegistryError(f"{self.url}: {reference} names {release}, which is not there; move it, or push {release}")
-        return version
+        pointer = _read_pointer(self._small(f"{VERSIONS}/{release}", POINTER_BYTES) or b"", release)
+        content = pointer and self._small(f"{OBJECTS}/{pointer['content']}/{MANIFEST}", SMALL_BYTES)
+        with contextlib.suppress(ReleaseError):
+            return from_bytes(content, self.url).name if content else None
+        return None
 
     def push(self, parcel: Parcel) -> None:
-        ready(self.url)
         key, release = key_of(parcel), parcel.manifest.release
         # The largest first, so that no thread is left with it alone at the end.
         files = sorted(parcel.files, key=lambda file: -file.size)
@@ -190,9 +187,7 @@ class Objects:
 
         def small(name: str) -> bytes | None:
             content = self._small(f"{place}/{name}", SMALL_BYTES)
-            if content is not None and len(content) > SMALL_BYTES:
-                raise ReleaseError(f"{where}: {name} is larger than any manifest; do not use it")
-            return content
+            return None if content is None else bounded([content], f"{where}: {name}")
 
         @contextlib.contextmanager
         def read(file: File) -> Iterator[Iterator[bytes]]:
@@ -270,16 +265,9 @@ class Objects:
         content = self._small(path, POINTER_BYTES)
         if content is None:
             return None
-        try:
-            pointer = json.loads(content)
-            sound = pointer["release"] == release and all(
-                re.fullmatch("[0-9a-f]{64}", pointer[name]) for name in ("content", "digest")
-            )
-        except (ValueError, KeyError, TypeError, RecursionError):
-            sound = False
-        if not sound:
+        if (pointer := _read_pointer(content, release)) is None:
             raise RegistryError(f"{self.url}/{path}: is not what a push writes; the version is damaged, do not use it")
-        return dict(pointer)
+        return pointer
 
     def _version(self, release: str, aliases: Mapping[str, str | None]) -> Version | None:
         if (pointer := self._pointer(release)) is None:
@@ -350,6 +338,19 @@ class Objects:
             if names & FAULTS or status in (408, 409, 425, 429) or (status or 0) >= 500:
                 raise FaultError(f"{code or status}: {short}" if status else short) from error
             raise RegistryError(f"{self.url}: {short}") from error
+
+
+def _read_pointer(content: bytes, release: str) -> dict[str, str] | None:
+    """A version's object; None when it is not what a push writes."""
+    try:
+        pointer = json.loads(content)
+        if pointer["release"] == release and all(
+            re.fullmatch("[0-9a-f]{64}", pointer[name]) for name in ("content", "digest")
+        ):
+            return dict(pointer)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:

@@ -24,13 +24,13 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 from compiler.config import SEMVER
 from compiler.errors import RegistryError, ReleaseError
 from compiler.manifest import MANIFEST, from_bytes
-from compiler.registries import ALIAS, DIGEST, Parcel, TakenError, Version, match, modelpack, precedence
+from compiler.registries import ALIAS, DIGEST, Parcel, TakenError, Version, match, modelpack, newest, precedence
 from compiler.registries.oci_client import THREADS, Client, RefusedError, Upload
 from compiler.registries.transfer import SMALL_BYTES, FaultError, receive, retrying
 from compiler.types import File
@@ -50,6 +50,8 @@ class Oci:
 
     url: str
     client: Client
+    # A blob is made under its sha256, which the distribution specification has the registry hold it against.
+    checks: ClassVar[bool] = True
 
     def list(self) -> tuple[Version, ...]:
         """Every published version with its aliases. Tags of anything but releases are passed over: they are not ours."""
@@ -71,14 +73,23 @@ class Oci:
         release, digest = named
         if re.fullmatch(SEMVER, reference) and reference != release:
             raise RegistryError(f"{self.url}: the tag {reference} names release {release}; it is damaged, do not use it")
+        labels = self._labels([tag for tag in self._tags(reference) if ALIAS.fullmatch(tag)])
+        return Version(release, digest, tuple(sorted(name for name, found in labels.items() if found == named)))
+
+    def _tags(self, *otherwise: str) -> Sequence[str]:
+        """Every tag, or others where the registry lets nobody list them."""
         try:
-            tags = self._retry(self.client.tags)
+            return self._retry(self.client.tags)
         except RefusedError as error:
             if error.status not in (401, 403, 405):
                 raise
-            tags = [reference]
-        labels = self._labels([tag for tag in tags if ALIAS.fullmatch(tag)])
-        return Version(release, digest, tuple(sorted(name for name, found in labels.items() if found == named)))
+            return otherwise
+
+    def model(self) -> str | None:
+        """As `Registry.model`."""
+        tag = newest(self._tags())
+        content = None if tag is None else self._retry(lambda: self.client.manifest(tag))
+        return None if content is None else modelpack.title(content)
 
     def push(self, parcel: Parcel) -> None:
         """As `Registry.push`."""
@@ -123,8 +134,8 @@ class Oci:
             if error.status != 400:
                 raise
             # The sha256 of what arrived is not the name it was given.
-            raise RegistryError(
-                f"{self.url}: {path} was refused: it changed while it was sent; verify and push it again"
+            raise ReleaseError(
+                f"{self.url}: {path} was refused: it changed since it was hashed; verify the release, then push it again"
             ) from error
         except OSError as error:
             raise RegistryError(f"{path}: cannot be read ({error.strerror}); push it again") from error
@@ -268,11 +279,7 @@ def connect(url: str) -> Oci:
     """
     parts = urlsplit(url)
     name = parts.path.removeprefix("/")
-    try:
-        host = parts.hostname if parts.port != 0 else None
-    except ValueError:
-        host = None
-    if not host or parts.username is not None or parts.query or parts.fragment:
+    if not parts.hostname or parts.port == 0:
         raise RegistryError(f"{url}: not oci://host[:port]/repository; correct it")
     if not NAME.fullmatch(name) or len(name) > 255:
         tag = "; leave the tag out, a release brings its own version" if ":" in name else ""

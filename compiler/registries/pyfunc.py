@@ -18,7 +18,7 @@ RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "torchscript": "torch
 
 def files_of(manifest: Manifest) -> dict[str, bytes]:
     """The files, by their paths beside the release's folder."""
-    from compiler.registries.mlflow import FILES
+    from compiler.registries.mlflow import FILES, MLMODEL
 
     formats = {artifact.format for artifact in manifest.artifacts}
     needed = ("numpy", "transformers", *(runtime for format, runtime in RUNTIMES.items() if format in formats))
@@ -37,7 +37,7 @@ def files_of(manifest: Manifest) -> dict[str, bytes]:
     }
     environment = {"python": manifest.python, "build_dependencies": ["pip"], "dependencies": ["-r requirements.txt"]}
     return {
-        "MLmodel": yaml.safe_dump(model, sort_keys=True).encode(),
+        MLMODEL: yaml.safe_dump(model, sort_keys=True).encode(),
         "python_env.yaml": yaml.safe_dump(environment, sort_keys=True).encode(),
         "requirements.txt": "".join(f"{line}\n" for line in ("mlflow", *requirements)).encode(),
         f"code/{MODULE}.py": (Path(__file__).parent / "pyfunc_loader.py").read_bytes(),

@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,6 +57,16 @@ def key_of(parcel: Parcel) -> str:
     return digest([[MANIFEST, manifest], *sorted([file.path, file.sha256] for file in parcel.files)])
 
 
+def bounded(chunks: Iterable[bytes], where: str) -> bytes:
+    """All of a small file's content. Raises ReleaseError, and reads no more, when that is more than `SMALL_BYTES`."""
+    content = bytearray()
+    for chunk in chunks:
+        content += chunk
+        if len(content) > SMALL_BYTES:
+            raise ReleaseError(f"{where} is larger than any that a push writes ({SMALL_BYTES >> 20} MB); do not use it")
+    return bytes(content)
+
+
 def receive(
     folder: Path,
     where: str,
@@ -72,7 +82,7 @@ def receive(
     Args:
         where: what errors call the release.
         digest: the manifest's digest (hex) that a reference resolved to.
-        small: the content of manifest.json, SHA256SUMS or model.sig, at most `SMALL_BYTES` of it; None where there is none.
+        small: the content of manifest.json, SHA256SUMS or model.sig, `bounded`; None where there is none.
         read: opens one file's content as a stream; raises FaultError for what may pass.
         retry: `retrying`, with the registry's words.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import json
 import math
 import re
 import tempfile
@@ -44,6 +45,7 @@ PROCESSORS = {
 # The logits of a large vocabulary over many tokens would be gigabytes; then fewer rows are kept, spread evenly.
 MAX_REFERENCE_BYTES = 256 << 20
 MIN_ROWS = 16
+TOKENIZER_CONFIG = "tokenizer_config.json"
 SAMPLES, REFERENCE = "samples.safetensors", "reference.safetensors"
 # Two runs of the original that give the same answer are this close, in units of the output's scale.
 SAME = 1e-3
@@ -383,7 +385,7 @@ def reference(
         "note": made.note,
         "positions": model.positions,
         "signature": asdict(described),
-        "support": _own_support(model, out) if any(file.path.endswith(".gguf") for file in snapshot.weights) else [],
+        "support": _own_support(model, snapshot, out),
     }
 
 
@@ -430,13 +432,38 @@ def _write_reference(
     save_file(expected, str(out / REFERENCE))
 
 
-def _own_support(model: Model, out: Path) -> list[str]:
-    """A GGUF holds its config and tokenizer inside: write them as files, for a release that loads anywhere."""
-    folder = out / "support"
-    config: Any = model.module.config
-    config.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    return sorted(f"support/{path.name}" for path in folder.iterdir())
+def _own_support(model: Model, snapshot: Snapshot, out: Path) -> list[str]:
+    """Write below `out` what a release needs and the checkpoint does not have, for a release that loads anywhere: the config
+    and the tokenizer that a GGUF holds inside, and a tokenizer's config that transformers 4 cannot read."""
+    folder, source = out / "support", snapshot.root
+    if any(file.path.endswith(".gguf") for file in snapshot.weights):
+        config: Any = model.module.config
+        config.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        source = folder
+    if (source / TOKENIZER_CONFIG).exists():
+        written = json.loads((source / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        if (readable := for_transformers_4(written)) != written:
+            folder.mkdir(exist_ok=True)
+            (folder / TOKENIZER_CONFIG).write_bytes((json.dumps(readable, indent=2, ensure_ascii=False) + "\n").encode())
+    return sorted(f"support/{path.name}" for path in folder.iterdir()) if folder.exists() else []
+
+
+def for_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json under the names that transformers 4 knows, and 5 reads as its own.
+
+    5 saves what was `PreTrainedTokenizerFast` as `TokenizersBackend`, and a list of further special tokens under a name
+    that holds an object in 4: its `AutoTokenizer`, and so every tool that needs it, opens neither.
+
+    >>> for_transformers_4({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]})
+    {'tokenizer_class': 'PreTrainedTokenizerFast', 'additional_special_tokens': ['<a>']}
+    """
+    known = dict(config)
+    if known.get("tokenizer_class") == "TokenizersBackend":
+        known["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(known.get("extra_special_tokens"), list) and "additional_special_tokens" not in known:
+        known["additional_special_tokens"] = known.pop("extra_special_tokens")
+    return known
 
 
 def _set_threads() -> None:

@@ -7,8 +7,8 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from compiler import registries
@@ -23,8 +23,8 @@ from compiler.verify import read_release, verify_files, verify_sums
 
 @dataclass(frozen=True)
 class Published:
-    """What a push came to: the release, the place, the version, whether this push sent it, the aliases that it moved, and
-    whether the release on disk is signed."""
+    """What a push came to: the release, the place, the version, whether this push sent it, the aliases that it moved,
+    whether the release on disk is signed, the open registry, and the versions that moved aliases named before, if any."""
 
     path: Path
     url: str
@@ -32,12 +32,28 @@ class Published:
     made: bool
     moved: tuple[str, ...]
     signed: bool
+    registry: Registry = field(compare=False, repr=False)
+    before: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def unsent(self) -> bool:
         """Whether a signature was not sent: the version was there, and takes nothing new. Whether the published one has that
         very signature is not known without fetching it."""
         return self.signed and not self.made
+
+    @property
+    def new(self) -> str:
+        """The aliases that were made, which named nothing before."""
+        return ", ".join(name for name in self.moved if name not in self.before)
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """A sentence for each alias that was taken from another version: somebody may have put it there on purpose."""
+        return tuple(moved_from(name, before, self.version.release) for name, before in self.before.items())
+
+
+def moved_from(name: str, before: str, release: str) -> str:
+    return f"{name} moved from {before} to {release}"
 
 
 UNSENT = "nothing was sent, not even a signature made since: sign before you push"
@@ -51,24 +67,25 @@ def push(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifes
 
     Raises:
         ReleaseError: the release is damaged.
-        RegistryError: that version is published with another content, `latest` names a newer one, or the registry cannot be
-            reached or refuses.
+        RegistryError: that version is published with another content, the versions there are another model's, `latest` names
+            a newer one, or the registry cannot be reached or refuses.
     """
     return move(send(path, url, aliases, verified=verified), aliases)
 
 
 def send(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifest | None = None) -> Published:
     """The first half of `push`: nothing is sent when one of the aliases could not be moved afterwards."""
-    registry = registries.connect(registries.check_place(url))
+    registry = registries.ready(registries.check_place(url))
     manifest = verified if verified is not None else read_release(path)[0]
     content = _read(path / MANIFEST)
     if from_bytes(content, str(path / MANIFEST)).identity != manifest.identity:
         raise RegistryError(f"{path}: changed while it was pushed; push it again")
     _check_aliases(registry, aliases, manifest.release)
-    version = _same(registry, manifest)
+    if (version := _same(registry, manifest)) is None and (there := registry.model()) not in (None, manifest.name):
+        raise RegistryError(f"{url}: is the place of {there}, this is {manifest.name}; give each model a place of its own")
     # Each file is hashed once: in this process before, here, or by a registry that does so while it is sent.
-    hashes = getattr(registry, "hashes", False)
-    verify_files(path, manifest, hashing=verified is None if version is not None else not hashes)
+    once = version is not None or getattr(registry, "checks", False)
+    verify_files(path, manifest, hashing=verified is None if once else not getattr(registry, "hashes", False))
     try:
         outside = tuple(hash_file(path, name) for name in OUTSIDE if os.path.lexists(path / name))
     except OSError as error:
@@ -85,20 +102,35 @@ def send(path: Path, url: str, aliases: Sequence[str] = (), *, verified: Manifes
             pass
         if (version := _same(registry, manifest)) is None:
             raise RegistryError(f"{url}: {manifest.release} does not resolve after it was pushed; push it again")
-    return Published(path, url, version, made, (), any(file.path == SIGNATURE for file in outside))
+    return Published(path, url, version, made, (), any(file.path == SIGNATURE for file in outside), registry)
 
 
 def move(published: Published, aliases: Sequence[str]) -> Published:
-    """The second half of `push`: move aliases to what `send` gave. Raises RegistryError as `push` does."""
-    version = published.version
+    """The second half of `push`: move aliases, which `send` was given too, to what it gave, then have a registry with a page
+    of its own show what is newest, also where an earlier push could not. Raises RegistryError as `push` does."""
+    version, registry = published.version, published.registry
     moved = tuple(dict.fromkeys(name for name in aliases if name not in version.aliases))
-    if moved:
-        registry = registries.connect(published.url)
-        _check_aliases(registry, moved, version.release)
-        for name in moved:
-            registry.alias(name, version)
-        version = replace(version, aliases=tuple(sorted({*version.aliases, *moved})))
-    return replace(published, version=version, moved=moved)
+    # Of `latest` it must be known.
+    before = {name: named for name in moved if (named := _named(registry, name, strict=name == LATEST)) is not None}
+    if LATEST in before:  # somebody may have pushed since `send` looked
+        _check_latest(registry, before[LATEST], version.release)
+    for name in moved:
+        registry.alias(name, version)
+    version = replace(version, aliases=tuple(sorted({*version.aliases, *moved})))
+    if (show := getattr(registry, "show", None)) is not None:
+        show(published.path)
+    return replace(published, version=version, moved=moved, before=before)
+
+
+def _named(registry: Registry, name: str, *, strict: bool = False) -> str | None:
+    """The version that an alias names before it is moved; None where it names none or, unless `strict`, cannot be read, which
+    moving it mends."""
+    try:
+        return version.release if (version := registry.resolve(name)) is not None else None
+    except RegistryError:
+        if strict:
+            raise
+        return None
 
 
 def _check_aliases(registry: Registry, aliases: Sequence[str], release: str) -> None:
@@ -107,13 +139,14 @@ def _check_aliases(registry: Registry, aliases: Sequence[str], release: str) -> 
         registries.check_alias(name)
         if (check := getattr(registry, "check_alias", None)) is not None:
             check(name)
-    if (
-        LATEST in aliases
-        and (named := registry.resolve(LATEST)) is not None
-        and precedence(named.release) > precedence(release)
-    ):
+    if LATEST in aliases and (named := registry.resolve(LATEST)) is not None:
+        _check_latest(registry, named.release, release)
+
+
+def _check_latest(registry: Registry, named: str, release: str) -> None:
+    if precedence(named) > precedence(release):
         raise RegistryError(
-            f"{registry.url}: {LATEST} names {named.release}, which is newer than {release}; leave {LATEST} out, or, to go "
+            f"{registry.url}: {LATEST} names {named}, which is newer than {release}; leave {LATEST} out, or, to go "
             f"back, move it yourself: compile alias"
         )
 
@@ -125,11 +158,12 @@ def _read(path: Path) -> bytes:
         raise ReleaseError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def alias(url: str, name: str) -> tuple[Version, bool]:
+def alias(url: str, name: str) -> tuple[Version, bool, str | None]:
     """Make `name` name the version that a URL's reference names.
 
     Returns:
-        The version, and whether the alias was moved: not when it names that version already.
+        The version; whether the alias was moved, which it is not when it names that version already; and the version that it
+        named before, if any.
 
     Raises:
         RegistryError: the URL has no reference or nothing is published under it, or the registry cannot be reached or refuses.
@@ -141,9 +175,10 @@ def alias(url: str, name: str) -> tuple[Version, bool]:
     registry = registries.connect(place)
     version = _find(registry, reference)
     if name in version.aliases:
-        return version, False
+        return version, False, version.release
+    before = _named(registry, name)
     registry.alias(name, version)
-    return replace(version, aliases=tuple(sorted({*version.aliases, name}))), True
+    return replace(version, aliases=tuple(sorted({*version.aliases, name}))), True, before
 
 
 def versions(url: str) -> tuple[Version, ...]:
@@ -172,10 +207,10 @@ def publish(
 def move_aliases(published: Published, aliases: Sequence[str], tell: Callable[[Event], None], manifest: Manifest) -> Published:
     """As `move`, telling of it when there is something to move."""
     if set(aliases) <= set(published.version.aliases):
-        return published
+        return move(published, ())
     with _told(f"alias {published.url}", manifest, tell) as end:
         published = move(published, aliases)
-        end("moved", ", ".join(published.moved))
+        end("moved", "; ".join(filter(None, (published.new, *published.taken))))
     return published
 
 
@@ -198,6 +233,8 @@ def _same(registry: Registry, manifest: Manifest) -> Version | None:
             f"{registry.url}: {manifest.release} is published already, with other content ({version.digest[:12]}…, this is "
             f"{manifest.identity[:12]}…); a published version never changes: raise release: in pipeline.yaml"
         )
+    if version is not None and (check := getattr(registry, "check_same", None)) is not None:
+        check(version)
     return version
 
 
@@ -236,8 +273,12 @@ def pull(url: str, folder: Path) -> tuple[Manifest, bool]:
 def _find(registry: Registry, reference: str) -> Version:
     version = registry.resolve(reference)
     if version is None:
-        known = ", ".join(found.release for found in registry.list()[-3:])
-        has = f"it has {known}" if known else "nothing is published there"
+        found = registry.list()
+        known = ", ".join(one.release for one in found[-3:])
+        aliases = ", ".join(sorted({name for one in found for name in one.aliases}))
+        has = (
+            f"it has {known}" + (f", and the aliases {aliases}" if aliases else "") if known else "nothing is published there"
+        )
         raise RegistryError(f"{registry.url}: has no {reference}; {has}")
     return version
 

@@ -48,5 +48,10 @@ def test_model_is_valid_and_holds_no_paths(exported: Path) -> None:
 def test_weights_are_inline_or_beside(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "INLINE_BYTES", 1000)
     export(backend, tmp_path, model, Target("onnx", "fp32"))
-    assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["model.onnx", "model.onnx_data"]
+    assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == [
+        "export.json",
+        "model.onnx",
+        "model.onnx.data",  # a note, for transformers' ExportedModel
+        "model.onnx_data",
+    ]
     onnx.checker.check_model(str(tmp_path / "onnx/model.onnx"))

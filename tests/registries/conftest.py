@@ -84,7 +84,7 @@ def manifest_of(
 
 def signed_round_trip(url: str, folder: Path) -> None:
     """What every registry does: a signed release comes back with the same bytes and a signature that holds, is not sent
-    twice, and keeps its version; only an alias moves."""
+    twice, and keeps its version; only an alias moves; and a place is one model's."""
     from cryptography.hazmat.primitives.asymmetric import ec
 
     from compiler.signing import sign, verify_signature
@@ -110,9 +110,15 @@ def signed_round_trip(url: str, folder: Path) -> None:
         push(folder / "other", url, ("prod",))
     one_line(caught, "1.0.0 is published already, with other content")
 
+    make_release(folder / "stranger", name="stranger", release="2.0.0")
+    with pytest.raises(RegistryError) as caught:
+        push(folder / "stranger", url, ("prod",))
+    one_line(caught, "is the place of tiny, this is stranger; give each model a place of its own")
+
     second = make_release(folder / "second", release="1.1.0")
-    assert push(folder / "second", url, ("latest",)).moved == ("latest",)
-    assert versions(url) == (Version("1.0.0", first.identity, ("prod",)), Version("1.1.0", second.identity, ("latest",)))
+    moved = push(folder / "second", url, ("latest", "new"))
+    assert (moved.moved, moved.before) == (("latest", "new"), {"latest": "1.0.0"})
+    assert versions(url) == (Version("1.0.0", first.identity, ("prod",)), Version("1.1.0", second.identity, ("latest", "new")))
     assert pull(f"{url}@prod", folder / "fetched") == (first, False)
     pull(url, folder / "unsigned")
     assert hash_folder(folder / "unsigned") == hash_folder(folder / "second")

@@ -117,6 +117,13 @@ class TestPushAndPull:
             push(release, url)
         one_line(caught, "config.json is changed")
 
+    def test_a_damaged_version_is_in_no_others_way(self, release: Path, root: Path, url: str, tmp_path: Path) -> None:
+        push(release, url)
+        (root / "1.0.0" / MANIFEST).unlink()
+        (root / "1.0.0" / MANIFEST).write_bytes(b"{}")
+        make_release(tmp_path / "next", release="1.1.0")
+        assert push(tmp_path / "next", url).made
+
     def test_versions_by_precedence(self, root: Path, url: str, tmp_path: Path) -> None:
         order = ["0.9.0", "1.0.0-alpha", "1.0.0-alpha.1", "1.0.0-alpha.beta", "1.0.0-beta.2", "1.0.0-beta.11", "1.0.0-rc.1"]
         order += ["1.0.0", "1.2.0", "1.10.0", "10.0.0"]

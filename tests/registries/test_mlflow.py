@@ -206,6 +206,18 @@ def test_push_resolve_pull(place: str, release: Path, tmp_path: Path) -> None:
     assert len(client(place).search_model_versions(f"name='{place.rpartition('/')[2]}'")) == 2
 
 
+def test_a_version_that_was_published_without_the_flavour(place: str, release: Path, tmp_path: Path) -> None:
+    """A published version takes nothing new: who asks for the flavour then is told that it is not there."""
+    assert publish.push(release, place).made
+    with pytest.raises(RegistryError) as caught:
+        publish.push(release, f"{place}?pyfunc=true", ("prod",))
+    assert "1.0.0 is published already, without pyfunc" in one_line(caught)
+    assert [found.aliases for found in registries.connect(place).list()] == [()]
+    make_release(tmp_path / "next", release="1.1.0")
+    for made, query in ((True, "?pyfunc=true"), (False, "?pyfunc=true"), (False, "")):
+        assert publish.push(tmp_path / "next", place + query).made == made
+
+
 def test_version_says_what_it_is(place: str, release: Path) -> None:
     publish.push(release, place, ("prod",))
     found = client(place).get_model_version_by_alias(place.rpartition("/")[2], "prod")

@@ -10,18 +10,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compiler import registries
+from compiler import registries, verify
 from compiler.errors import CompileError, RegistryError, ReleaseError, StageError
+from compiler.hashing import hash_files
 from compiler.registries import modelpack, oci, oci_client, transfer
 from compiler.registries.oci_client import Client, Upload
 from compiler.stages.publish import pull, push
+from compiler.types import File
 from tests.registries.conftest import FILES, make_release, signed_round_trip
 from tests.registries.proxy import ALWAYS, Fault, Proxy
 from tests.registries.servers import MISSING, ROOT, DockerRegistry, program
@@ -179,6 +181,7 @@ def test_the_artifact_is_a_modelpack_of_raw_layers_and_always_the_same_bytes(
         **FILES,
         "README.md": b"# tiny",
         "LICENSE": b"free",
+        "onnx/export.json": b"{}",
         "model.py": b"pass",
         "bom.cdx.json": b"{}",
         "provenance.json": b"{}",
@@ -201,6 +204,7 @@ def test_the_artifact_is_a_modelpack_of_raw_layers_and_always_the_same_bytes(
         "config.json": "weight.config",
         "tokenizer.json": "weight.config",
         "onnx/model.onnx": "weight",
+        "onnx/export.json": "weight.config",
         "torchscript/model.pt": "weight",
         "validation.json": "doc",
         "README.md": "doc",
@@ -478,9 +482,32 @@ def test_a_file_that_changes_while_it_is_sent_is_refused(tmp_path: Path, url: st
     make_release(tmp_path / "release")
     read = Upload.read
     monkeypatch.setattr(Upload, "read", lambda self, size=-1, /: read(self, size).replace(b"onnx ", b"ONNX "))
-    text = failure(RegistryError, lambda: push(tmp_path / "release", url))
-    assert "onnx/model.onnx was refused: it changed while it was sent" in text
+    text = failure(ReleaseError, lambda: push(tmp_path / "release", url))
+    assert "onnx/model.onnx was refused: it changed since it was hashed" in text
     assert registries.connect(url).list() == ()
+
+
+def test_what_this_process_hashed_is_not_hashed_again(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a build: the registry holds what it gets against the sha256 that it is given."""
+    manifest = make_release(tmp_path / "release")
+    hashed: list[str] = []
+
+    def counted(root: Path, paths: Collection[str]) -> tuple[File, ...]:
+        hashed.extend(paths)
+        return hash_files(root, paths)
+
+    monkeypatch.setattr(verify, "hash_files", counted)
+    file = tmp_path / "release" / "onnx/model.onnx"
+    sound = file.read_bytes()
+    file.write_bytes(sound[::-1])
+    text = failure(ReleaseError, lambda: push(tmp_path / "release", url, verified=manifest))
+    assert "onnx/model.onnx was refused" in text
+    assert registries.connect(url).list() == ()
+    file.write_bytes(sound)
+    assert push(tmp_path / "release", url, verified=manifest).made
+    assert hashed == []
+    assert not push(tmp_path / "release", url).made
+    assert "onnx/model.onnx" in hashed
 
 
 # Two pushes at once

@@ -53,6 +53,7 @@ class TestBuild:
                 "made": True,
                 "aliases": ["latest", "prod"],
                 "moved": ["latest", "prod"],
+                "moved_from": {},
                 "signed": False,
             }
         ]
@@ -113,9 +114,39 @@ class TestBuild:
             ("1.0.0", [url])
         ]
         (tmp_path / "file").unlink()
+        # One whose alias cannot be moved: that both have the version, and where an alias was moved, is told all the same.
+        (tmp_path / "file/aliases/prod").mkdir(parents=True)
+        places[1] = {"url": places[1], "aliases": ["prod"]}
+        answer = json.loads(command(write_pipeline(tmp_path, bert, publish=places), "--json").stdout)
+        assert "aliases" in answer["error"]
+        (release,) = answer["releases"]
+        assert [(done["made"], done["moved"]) for done in release["published"]] == [(False, ["latest"]), (True, [])]
+        (tmp_path / "file/aliases/prod").rmdir()
         assert command(pipeline).returncode == 0
-        assert len(versions(f"file://{tmp_path}/file")) == 1
+        assert [version.aliases for version in versions(f"file://{tmp_path}/file")] == [("prod",)]
         assert [version.aliases for version in versions(url)] == [("latest",)]
+
+    def test_an_alias_that_somebody_moved_back(self, command: Command, tmp_path: Path, bert: Path, url: str) -> None:
+        """A build that has nothing to do brings it where pipeline.yaml says, and says from where."""
+        pipeline = write_pipeline(tmp_path, bert, release="1.1.0", publish=[{"url": url, "aliases": ["latest", "prod"]}])
+        make_release(tmp_path / "old")
+        push(tmp_path / "old", url, ("stable",))
+        assert command(pipeline).returncode == 0
+        back = f"{url}@1.0.0"
+        assert command("alias", back, "prod").stdout == "prod moved from 1.1.0 to 1.0.0\n"
+        again = command(pipeline, "--json")
+        assert re.search(rf"alias {url} +moved .* s  prod moved from 1\.0\.0 to 1\.1\.0$", again.stderr, re.MULTILINE)
+        (done,) = json.loads(again.stdout)[0]["published"]
+        assert (done["moved"], done["moved_from"]) == (["prod"], {"prod": "1.0.0"})
+        said = json.loads(command("alias", back, "prod", "--json").stdout)
+        assert (said["moved"], said["moved_from"]) == (True, "1.1.0")
+        said = json.loads(command("alias", back, "prod", "--json").stdout)
+        assert (said["moved"], said["moved_from"]) == (False, None)
+        release = tmp_path / "artifacts/tiny/1.1.0"
+        pushed = command("push", release, url, "--alias", "prod", "--alias", "new", "--alias", "latest", "--alias", "stable")
+        ends = "new moved to it; prod moved from 1.0.0 to 1.1.0; stable moved from 1.0.0 to 1.1.0"
+        assert pushed.stdout.splitlines()[0].endswith(f"nothing was sent; {ends}")
+        assert command("alias", f"{url}@1.1.0", "prod").stdout == "prod → 1.1.0, as before\n"
 
     def test_a_signature_made_after_it(self, command: Command, tmp_path: Path, bert: Path, url: str) -> None:
         pipeline = write_pipeline(tmp_path, bert, publish=[url])
@@ -265,9 +296,23 @@ def test_ready_needs_what_a_push_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RegistryError) as caught:
         ready("mlflow://host/name")
     one_line(caught, "needs mlflow: pip install")
+    for url, says in (
+        ("local://folder/name", "local:// cannot be kept from replacing"),
+        ("memory://a/b", "once this command"),
+    ):
+        with pytest.raises(RegistryError) as caught:
+            ready(url)
+        one_line(caught, says)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/name", "gcs://bucket/name", "ftp://host/name", "memory://bucket/name"])
+def test_where_no_push_can_go_asks_for_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    make_release(tmp_path / "one")
     with pytest.raises(RegistryError) as caught:
-        ready("local://folder/name")
-    one_line(caught, "local:// cannot be kept from replacing")
+        push(tmp_path / "one", url)
+    message = one_line(caught, url, "push to file://, s3://")
+    assert "package" not in message and "install" not in message
 
 
 class TestCommands:
@@ -329,7 +374,7 @@ class TestCommands:
         listed = command("list", url)
         assert listed.stdout.splitlines()[0] == f"1.0.0  sha256:{manifest.identity}  latest"
         assert [entry["aliases"] for entry in json.loads(command("list", url, "--json").stdout)] == [["latest"], []]
-        assert command("alias", f"{url}@1.1.0", "latest").stdout == "latest → 1.1.0\n"
+        assert command("alias", f"{url}@1.1.0", "latest").stdout == "latest moved from 1.0.0 to 1.1.0\n"
         assert json.loads(command("alias", f"{url}@1.1.0", "latest", "--json").stdout)["moved"] is False
         pulled = command("pull", url, "out")
         assert pulled.returncode == 0, pulled.stderr
@@ -348,7 +393,8 @@ class TestCommands:
             (["push", "one", "nowhere"], "no registry's URL"),
             (["push", "one", "s3://key:secret@bucket/x"], "a password before an '@'"),
             (["push", "one", "s3://key:sec/ret@bucket/x"], "is no port"),
-            (["pull", "{url}@3.0.0", "out"], "has no 3.0.0; it has 1.0.0"),
+            (["pull", "{url}@3.0.0", "out"], "has no 3.0.0; it has 1.0.0, and the aliases prod, stable"),
+            (["list", "s3://"], "error: s3://: names no bucket"),
             (["pull", "{url}@-", "out"], "is no version (1.0.0), alias (prod) or digest"),
             (["list", "{url}@1.0.0"], "leave out what follows the '@'"),
             (["alias", "{url}", "prod"], "names no version; say which"),
@@ -360,7 +406,7 @@ class TestCommands:
         self, command: Command, tmp_path: Path, url: str, arguments: list[str], says: str
     ) -> None:
         make_release(tmp_path / "one")
-        push(tmp_path / "one", url)
+        push(tmp_path / "one", url, ("stable", "prod"))
         result = command(*(argument.replace("{url}", url) for argument in arguments))
         assert says in error_line(result)
         assert not re.search("sec/?ret", result.stdout + result.stderr)

@@ -144,7 +144,7 @@ class TestHostileManifest:
     def test_one_that_never_ends(self, root: Path, target: Path) -> None:
         with open(root / "1.0.0" / MANIFEST, "r+b") as stream:
             stream.truncate(SMALL_BYTES + 1)
-        assert "larger than any manifest" in refused(root, target)
+        assert "larger than any that a push writes" in refused(root, target)
 
     def test_another_sound_one_after_it_was_resolved(self, root: Path, target: Path) -> None:
         registry = connect(f"file://{root}")

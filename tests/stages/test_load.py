@@ -24,7 +24,18 @@ from compiler.config import ModelSpec, OnnxTargets, Targets
 from compiler.errors import CompileError, ConfigError, SourceError, StageError
 from compiler.samples import read_cases
 from compiler.sources import resolve
-from compiler.stages.load import OWN_CODE, POOLER, REFERENCE, SAMPLES, load, reference, reference_again, run_eager, signature
+from compiler.stages.load import (
+    OWN_CODE,
+    POOLER,
+    REFERENCE,
+    SAMPLES,
+    for_transformers_4,
+    load,
+    reference,
+    reference_again,
+    run_eager,
+    signature,
+)
 from compiler.types import Model, Snapshot
 from tests.zoo import ENCODERS, ZOO, save_checkpoint, save_tokenizer
 
@@ -395,6 +406,49 @@ class TestTokenizer:
         with pytest.raises(SourceError) as caught:
             small_reference(tmp_path / "out", checkpoint)
         one_line(caught.value, "pad")
+
+
+class TestTokenizerForOlderTools:
+    def test_what_transformers_5_saved_is_written_under_the_names_of_4(self, checkpoint: Path, tmp_path: Path) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<first>", "<second>"]})
+        tokenizer.save_pretrained(checkpoint)
+        shutil.copytree(checkpoint, tmp_path / "released")
+        saved = json.loads((checkpoint / "tokenizer_config.json").read_text())
+        assert (saved["tokenizer_class"], saved["extra_special_tokens"]) == ("TokenizersBackend", ["<first>", "<second>"])
+        save_checkpoint(tmp_path / "larger", "bert", vocab_size=len(tokenizer))
+        for name in ("config.json", WEIGHTS):
+            shutil.copy(tmp_path / "larger" / name, checkpoint / name)
+        known = small_reference(tmp_path / "out", checkpoint)
+        assert known["support"] == ["support/tokenizer_config.json"]
+        written = json.loads((tmp_path / "out/support/tokenizer_config.json").read_text())
+        assert "extra_special_tokens" not in written
+        assert written == {
+            **{key: value for key, value in saved.items() if key != "extra_special_tokens"},
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "additional_special_tokens": ["<first>", "<second>"],
+        }
+        shutil.copy(tmp_path / "out/support/tokenizer_config.json", tmp_path / "released")
+        again = AutoTokenizer.from_pretrained(tmp_path / "released")
+        text = "The fox <second> sleeps."
+        assert again(text, "again")["input_ids"] == tokenizer(text, "again")["input_ids"]
+        assert again.convert_tokens_to_ids("<second>") in again(text)["input_ids"]
+        assert again.all_special_tokens == tokenizer.all_special_tokens
+
+    def test_what_4_can_read_stays_the_checkpoints_own(self, checkpoint: Path, tmp_path: Path) -> None:
+        path = checkpoint / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
+        assert small_reference(tmp_path / "out", checkpoint)["support"] == []
+        assert not (tmp_path / "out/support").exists()
+
+    @pytest.mark.parametrize(
+        "config",
+        [{}, {"tokenizer_class": "BertTokenizer", "extra_special_tokens": {"image": "<image>"}}, {"tokenizer_class": None}],
+    )
+    def test_other_names_are_left_alone(self, config: dict[str, Any]) -> None:
+        assert for_transformers_4(config) == config
 
 
 class TestTask:

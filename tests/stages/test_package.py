@@ -431,6 +431,28 @@ class TestRecord:
         record_benchmark(release, BENCHMARK)
         verify(release)
 
+    def test_one_that_is_killed(self, release: Path) -> None:
+        """Between writing and renaming."""
+        for name in (MANIFEST, SUMS):
+            (release / f".{name}.new").write_bytes(b"half of it")
+        refused(release, f".{MANIFEST}.new is not in the manifest (bench --record", "run it again")
+        manifest, _ = read_release(release)
+        verify_files(release, manifest, recording=True)
+        record_benchmark(release, BENCHMARK)
+        verify(release)
+
+    def test_where_the_release_is_a_mount_point(self, release: Path, tmp_path: Path) -> None:
+        with small_disk(tmp_path / "disk", "1m") as disk:
+            shutil.copytree(release, disk, dirs_exist_ok=True)
+            record_benchmark(disk, BENCHMARK)
+            verify(disk)
+            assert self.recorded(disk) == BENCHMARK
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            with pytest.raises(StageError) as caught:
+                record_benchmark(disk, BENCHMARK)
+            where = "copy the release to where you can write, and record there"
+            assert str(caught.value) == f"the manifest: {disk}: cannot be written (Read-only file system); {where}"
+
     def test_recording_overlooks_nothing_else(self, release: Path) -> None:
         manifest, _ = read_release(release)
         content = (release / SUMS).read_bytes()

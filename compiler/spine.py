@@ -55,7 +55,7 @@ def build_model(plan: Plan, context: Context) -> Release:
 def _release(build: Build) -> Release:
     reference = build.load()
     made = build.side_by_side(lambda target: build.validate(target, build.export(target), reference))
-    build.gate(made)
+    build.gate(reference, made)
     return build.package(reference, made)
 
 

@@ -1,0 +1,158 @@
+"""Data files with what is expected of a model: JSON lines, or SQuAD's own JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compiler.errors import ConfigError
+from compiler.runtime import Config
+
+LINES = {
+    "feature-extraction": '{"text": "…", "text_pair": "…", "score": 0.8}',
+    "text-classification": '{"text": "…", "label": "…"}, a list of labels where several are right, a number for a regression',
+    "token-classification": '{"tokens": ["…"], "tags": ["B-PER"]}',
+    "question-answering": '{"question": "…", "context": "…", "answers": ["…"]}, [] where there is none; or SQuAD\'s JSON',
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """`items` are what a task's pipeline takes, `expected` the answer to each."""
+
+    items: Sequence[Any]
+    expected: Sequence[Any]
+
+
+def read(path: Path, task: str, config: Config) -> Data:
+    """The items of a file, and what is expected of each. `config` knows the model's labels.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line of it is not one for the task; it is named.
+    """
+    if task not in LINES:
+        raise ConfigError(f"{path}: there is no metric for {task}; there is one for {', '.join(LINES)}")
+    lines = objects(path)
+    if task == "question-answering" and len(lines) == 1 and isinstance(lines[0][1].get("data"), list):
+        lines = list(_squad(lines[0][1], path))
+    found = [READERS[task](line, where, config) for where, line in lines]
+    return Data([item for item, _ in found], [expected for _, expected in found])
+
+
+def objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a file, one a line or one in all, each with where it is."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    if path.suffix == ".json":
+        rows = [(str(path), text)]
+    else:
+        rows = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not any(row.strip() for _, row in rows):
+        raise ConfigError(f"{path}: empty; give at least one line")
+    found = []
+    for where, row in rows:
+        try:
+            value = json.loads(row)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where}: not JSON ({error})") from error
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: not a JSON object")
+        found.append((where, value))
+    return found
+
+
+def _text(line: Mapping[str, Any], name: str, where: str, task: str) -> str:
+    value = line.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{where}: field {name!r} is missing, empty or not a text; a line for {task} is {LINES[task]}")
+    return value
+
+
+def _number(value: Any, name: str, where: str, task: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{where}: field {name!r} is missing or not a number; a line for {task} is {LINES[task]}")
+    return float(value)
+
+
+def _pair(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, float]:
+    task = "feature-extraction"
+    texts = [_text(line, name, where, task) for name in ("text", "text_pair")]
+    return (False, texts), _number(line.get("score"), "score", where, task)
+
+
+def _classified(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, Any]:
+    task = "text-classification"
+    texts = [_text(line, "text", where, task)]
+    if line.get("text_pair"):
+        texts.append(_text(line, "text_pair", where, task))
+    value = line.get("label")
+    if config.num_labels == 1:
+        return tuple(texts), _number(value, "label", where, task)
+    several = config.problem_type == "multi_label_classification"
+    if isinstance(value, list) and not several:
+        raise ConfigError(f"{where}: has a list of labels, and the model gives one of them")
+    labels = value if isinstance(value, list) else [value]
+    return tuple(texts), frozenset(_label(label, where, config) for label in labels)
+
+
+def _label(value: Any, where: str, config: Config) -> str:
+    """A label by its name, or by its number."""
+    if isinstance(value, str) and value in config.label2id:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value in config.id2label:
+        return str(config.id2label[value])
+    known = [str(name) for name in config.id2label.values()]
+    more = f" and {len(known) - 8} more" if len(known) > 8 else ""
+    raise ConfigError(f"{where}: the model knows no label {value!r}; it has {', '.join(known[:8])}{more}")
+
+
+def _tagged(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, Any]:
+    words, tags = line.get("tokens"), line.get("tags")
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"{where}: field 'tokens' is no list of words; a line is {LINES['token-classification']}")
+    if not isinstance(tags, list) or len(tags) != len(words):
+        raise ConfigError(f"{where}: field 'tags' is no list of {len(words)} labels, one a word")
+    return words, [_label(tag, where, config) for tag in tags]
+
+
+def _asked(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, Any]:
+    task = "question-answering"
+    item = tuple(_text(line, name, where, task) for name in ("question", "context"))
+    answers = line.get("answers")
+    if isinstance(answers, Mapping):  # the columns of a data set: {"text": […], "answer_start": […]}
+        answers = answers.get("text")
+    texts = [answer.get("text") if isinstance(answer, Mapping) else answer for answer in answers or []]
+    if not isinstance(answers, list) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{where}: field 'answers' is no list of texts; a line for {task} is {LINES[task]}")
+    return item, [] if line.get("is_impossible") else [text for text in texts if text]
+
+
+def _squad(document: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """SQuAD's JSON as lines."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    try:
+        for article in document["data"]:
+            for paragraph in article["paragraphs"]:
+                for asked in paragraph["qas"]:
+                    where = f"{path}: question {asked.get('id', len(found) + 1)}"
+                    found.append((where, {**asked, "context": paragraph["context"]}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: not SQuAD's form ({type(error).__name__}: {error}); data, paragraphs, qas") from error
+    if not found:
+        raise ConfigError(f"{path}: no question in it")
+    return found
+
+
+READERS: dict[str, Callable[[Mapping[str, Any], str, Config], tuple[Any, Any]]] = {
+    "feature-extraction": _pair,
+    "text-classification": _classified,
+    "token-classification": _tagged,
+    "question-answering": _asked,
+}

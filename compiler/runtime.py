@@ -1,0 +1,383 @@
+"""Open a release: the artifact that suits this machine, as a model that is called like the one it was made from.
+
+    model = compiler.load("artifacts/minilm/1.0.0")
+    model(input_ids=…, attention_mask=…).last_hidden_state      # numpy in, numpy out; torch in, torch out
+
+Imports no torch, unless the artifact is TorchScript or torch tensors are given.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import platform
+import re
+import sys
+import threading
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compiler import cpu
+from compiler.backends import BACKENDS
+from compiler.errors import InputError
+from compiler.manifest import Manifest
+from compiler.types import Artifact, Report, Runner
+from compiler.verify import read_release, verify_files
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+log = logging.getLogger("compiler")
+
+#: What runs a format.
+RUNTIMES = {"openvino": "openvino", "onnx": "onnxruntime", "torchscript": "torch"}
+#: Without a benchmark of this kind of machine: the closest to the original first; then the order of `RUNTIMES`.
+PRECISIONS = ("fp32", "bf16", "int8")
+# What runtimes say when they are out of memory: numpy and Python, torch, ONNX Runtime and OpenVINO.
+OUT_OF_MEMORY = re.compile(r"allocat|bad_alloc|out of memory|not enough memory", re.IGNORECASE)
+
+
+def load(
+    release: str | os.PathLike[str],
+    format: str | None = None,
+    precision: str | None = None,
+    threads: int | None = None,
+) -> CompiledModel:
+    """Open an artifact of a release on disk, once every file of it has the hash that its manifest says.
+
+    Args:
+        release: the folder that holds manifest.json.
+        format: `torchscript`, `onnx` or `openvino`; the fastest when left out, see `choose`.
+        precision: `fp32`, `bf16` …; the fastest when left out.
+        threads: the runtime's; all cores when left out.
+
+    Raises:
+        ReleaseError: it is no release, or a file of it is not what the manifest says.
+        InputError: it has no such artifact, or what runs it is not installed.
+    """
+    folder = Path(release)
+    manifest, reports = read_release(folder)
+    verify_files(folder, manifest)
+    if threads is not None and threads < 1:
+        raise InputError(f"threads: {threads}; at least 1, or leave it out for all cores")
+    artifact, reason = choose(manifest, reports, format, precision)
+    model = _named(manifest)(folder, manifest, BACKENDS[artifact.format].open(folder, artifact, threads), artifact, reason)
+    log.info("%s %s: %s %s (%s)", manifest.name, manifest.release, artifact.format, artifact.precision, reason)
+    if not is_fast(artifact):
+        log.warning(
+            "%s %s: this CPU has none of %s: %s %s answers as it should, slowly",
+            manifest.name,
+            manifest.release,
+            ", ".join(artifact.fast_on),
+            artifact.format,
+            artifact.precision,
+        )
+    return model
+
+
+def choose(
+    manifest: Manifest, reports: Sequence[Report], format: str | None = None, precision: str | None = None
+) -> tuple[Artifact, str]:
+    """The artifact to open, and why.
+
+    Of those that were asked for, whose checks passed and whose runtime is installed: the fastest, by the geometric mean of
+    its speed beside the original over the shapes of the benchmark that the manifest records, if that is of this
+    architecture; those that this CPU has no instructions for come last. Without a benchmark: fp32 before bf16 before int8,
+    and OpenVINO before ONNX before TorchScript.
+
+    Raises:
+        InputError: there is none.
+    """
+    has = ", ".join(f"{artifact.format} {artifact.precision}" for artifact in manifest.artifacts)
+    where = f"{manifest.name} {manifest.release}"
+    asked = [
+        artifact
+        for artifact in manifest.artifacts
+        if format in (None, artifact.format) and precision in (None, artifact.precision)
+    ]
+    if not asked:
+        raise InputError(f"{where}: no {' '.join(filter(None, (format, precision)))} artifact; the release has {has}")
+    passed = {(report.format, report.precision) for report in reports if report.passed}
+    if not (sound := [artifact for artifact in asked if (artifact.format, artifact.precision) in passed]):
+        raise InputError(f"{where}: what was asked for did not pass its checks; the release has {has}")
+    if not (found := [artifact for artifact in sound if importlib.util.find_spec(RUNTIMES[artifact.format])]):
+        needed = ", ".join(dict.fromkeys(RUNTIMES[artifact.format] for artifact in sound))
+        raise InputError(f"{where}: needs {needed}, which is not installed: pip install {needed}")
+    speeds = measured(manifest)
+
+    def rank(artifact: Artifact) -> tuple[Any, ...]:
+        speed = speeds.get((artifact.format, artifact.precision), 0.0)
+        place = PRECISIONS.index(artifact.precision) if artifact.precision in PRECISIONS else len(PRECISIONS)
+        return (not is_fast(artifact), -speed, place, list(RUNTIMES).index(artifact.format))
+
+    best = min(found, key=rank)
+    speed = speeds.get((best.format, best.precision))
+    if len(asked) == 1:
+        return best, "as asked" if format or precision else "the only one"
+    if speed:
+        return best, f"the fastest for this CPU by the recorded benchmark, {speed:.2f} times the original's speed"
+    return best, "no benchmark of this kind of machine is recorded: the first of the closest"
+
+
+def measured(manifest: Manifest) -> dict[tuple[str, str], float]:
+    """Each artifact's speed beside the eager original, the geometric mean over shapes; empty where none was recorded, or on
+    another architecture."""
+    benchmark = manifest.benchmark or {}
+    if benchmark.get("machine") != platform.machine():
+        return {}
+    found: dict[tuple[str, str], float] = {}
+    for artifact in manifest.artifacts:
+        subject = f"{artifact.format} {artifact.precision}"
+        ratios = [timing["ratio"] for timing in benchmark["timings"] if timing["subject"] == subject]
+        if ratios:
+            found[artifact.format, artifact.precision] = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return found
+
+
+def is_fast(artifact: Artifact) -> bool:
+    """Whether this CPU has the instructions that an artifact is made for."""
+    return not artifact.fast_on or not set(artifact.fast_on).isdisjoint(cpu.features().split())
+
+
+class Output(MutableMapping[str, Any]):
+    """Named outputs, in the model's order, also by attribute and by number; as transformers' `ModelOutput`."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        object.__setattr__(self, "_values", dict(values))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._values[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._values[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "_values" and name in self._values:
+            return self._values[name]
+        raise AttributeError(f"no output {name!r}; there is {', '.join(self._values) if name != '_values' else 'none'}")
+
+    def __reduce__(self) -> Any:
+        return (Output, (self._values,))
+
+    def __repr__(self) -> str:
+        return f"Output({', '.join(f'{name}={value!r}' for name, value in self.items())})"
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self._values.values())
+
+
+class Config:
+    """A checkpoint's config.json by attribute. What the file leaves out comes from transformers, loaded when it is asked for.
+
+    `id2label` has int keys, as in transformers.
+    """
+
+    def __init__(self, folder: Path, labels: int | None) -> None:
+        self._folder = folder
+        self._whole: Any = None
+        values = json.loads((folder / "config.json").read_bytes())
+        names = values.get("id2label") or {str(number): f"LABEL_{number}" for number in range(labels or 2)}
+        values["id2label"] = {int(number): str(name) for number, name in names.items()}
+        values["label2id"] = {name: number for number, name in values["id2label"].items()}
+        values["num_labels"] = len(values["id2label"])
+        values.setdefault("problem_type", None)
+        self._values: dict[str, Any] = values
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if self._whole is None:
+            try:
+                from transformers import AutoConfig
+
+                self._whole = AutoConfig.from_pretrained(self._folder, local_files_only=True)
+            except (ImportError, OSError, ValueError) as error:
+                raise AttributeError(f"config.json has no {name!r}, and transformers does not read it ({error})") from error
+        return getattr(self._whole, name)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self._values)
+
+
+class CompiledModel:
+    """An opened artifact. Calls from several threads wait for each other.
+
+    `artifact` is the one that runs, None for the original; `reason` says why it was taken.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, run: Runner, artifact: Artifact | None, reason: str) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.artifact = artifact
+        self.reason = reason
+        self.main_input_name = manifest.signature.inputs[0].name
+        logits = next((tensor for tensor in manifest.signature.outputs if tensor.name == "logits"), None)
+        classes = logits.shape[-1] if logits and manifest.task.endswith("-classification") else None
+        self.config = Config(folder, classes if isinstance(classes, int) else None)
+        self._run = run
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        what = "the original" if self.artifact is None else f"{self.artifact.format} {self.artifact.precision}"
+        return f"<{self.manifest.architecture} of {self.manifest.name} {self.manifest.release}, {what}: {self.reason}>"
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """The outputs, `Output`, of integers `[batch, sequence]`: arrays or nested lists (then arrays), or torch tensors
+        (then tensors). Without `attention_mask` every token is real; without `token_type_ids` all are 0.
+
+        Raises:
+            InputError: the model does not take that, or it does not fit into memory.
+        """
+        names = [tensor.name for tensor in self.manifest.signature.inputs]
+        if len(args) > len(names):
+            raise InputError(f"{len(args)} inputs are given; the model takes {', '.join(names)}")
+        given = dict(zip(names, args, strict=False))
+        if twice := sorted(given.keys() & named.keys()):
+            raise InputError(f"{twice[0]} is given twice")
+        given |= named
+        as_tuple = given.pop("return_dict", None) is False
+        outputs = self.run(self._inputs(given))
+        if any(_is_tensor(value) for value in given.values()):
+            import torch
+
+            answer = Output({name: torch.from_numpy(value) for name, value in outputs.items()})
+        else:
+            answer = Output(outputs)
+        return answer.to_tuple() if as_tuple else answer
+
+    forward = __call__
+
+    def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """The outputs of complete int64 `[batch, sequence]` inputs. Raises InputError when they do not fit into memory."""
+        self._check_memory(inputs[self.main_input_name].shape)
+        try:
+            with self._lock:
+                return self._run(inputs)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+                raise self._too_large(inputs[self.main_input_name].shape) from error
+            raise
+
+    def _inputs(self, given: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        """What is given as complete int64 arrays, or InputError."""
+        import numpy as np
+
+        wanted = [tensor.name for tensor in self.manifest.signature.inputs]
+        arrays = {}
+        for name, value in given.items():
+            # `use_cache=False` and the like ask for nothing; so does None.
+            if value is None or value is False:
+                continue
+            if name not in wanted and name != "token_type_ids":
+                raise InputError(f"{name}: the compiled model does not take it; it takes {', '.join(wanted)}")
+            try:
+                array = np.asarray(value.detach().cpu() if _is_tensor(value) else value)
+            except ValueError as error:
+                raise InputError(f"{name}: rows of different length; pad them to one length") from error
+            if array.dtype.kind not in "iub":
+                raise InputError(f"{name}: is {array.dtype}, and the model takes integers")
+            arrays[name] = np.ascontiguousarray(array, dtype=np.int64)
+        ids = arrays.get("input_ids")
+        if ids is None:
+            raise InputError("no input_ids are given")
+        for name, array in arrays.items():
+            if array.ndim != 2 or array.shape != ids.shape:
+                raise InputError(f"{name}: has shape {array.shape}; the model takes [batch, sequence], {name} as input_ids")
+        if ids.size == 0:
+            raise InputError(f"an empty batch: input_ids has shape {ids.shape}")
+        if (most := self.manifest.positions) is not None and ids.shape[1] > most:
+            raise InputError(f"input_ids: {ids.shape[1]} tokens, and the model has {most} positions; cut the text")
+        vocabulary = self.config.vocab_size
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            worst = int(ids.max() if ids.max() >= vocabulary else ids.min())
+            raise InputError(f"input_ids: {worst} is no token of the model, which has {vocabulary}")
+        mask = arrays.setdefault("attention_mask", np.ones_like(ids))
+        if ((mask != 0) & (mask != 1)).any():
+            raise InputError("attention_mask: holds something else than 0 and 1")
+        types = arrays.setdefault("token_type_ids", np.zeros_like(ids))
+        if "token_type_ids" in wanted:
+            kinds = getattr(self.config, "type_vocab_size", 2)
+            if types.min() < 0 or types.max() >= kinds:
+                raise InputError(f"token_type_ids: {int(types.max())}; the model has {kinds} types")
+        elif types.any() and getattr(self.config, "type_vocab_size", None) != 0:
+            raise InputError("token_type_ids: the compiled model has none, and these are not all 0")
+        return {name: arrays[name] for name in wanted}
+
+    def _check_memory(self, shape: Sequence[int]) -> None:
+        """Refuse what cannot fit: Linux gives memory that it does not have, and ends the process that then uses it."""
+        sizes: dict[Any, int] = {"batch": shape[0], "sequence": shape[1]}
+        outputs = self.manifest.signature.outputs
+        needed = sum(4 * math.prod(sizes.get(axis) or int(axis) for axis in tensor.shape) for tensor in outputs)
+        if (free := available_memory()) is not None and needed > free:
+            raise self._too_large(shape, f": its outputs alone are {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+
+    def _too_large(self, shape: Sequence[int], why: str = "") -> InputError:
+        return InputError(f"a batch of {shape[0]} × {shape[1]} tokens does not fit into memory{why}; give smaller batches")
+
+    # What transformers' pipelines ask of a model.
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.float32
+
+    def to(self, *args: Any, **named: Any) -> CompiledModel:
+        """Artifacts run on the CPU. Raises InputError for another device."""
+        device = named.get("device", args[0] if args else "cpu")
+        if str(device).partition(":")[0] not in ("cpu", "torch.float32"):
+            raise InputError(f"to({device}): a compiled model runs on the CPU")
+        return self
+
+    def eval(self) -> CompiledModel:
+        return self
+
+    def can_generate(self) -> bool:
+        return False
+
+
+def _named(manifest: Manifest) -> type[CompiledModel]:
+    """`CompiledModel` under the original's class name: transformers' pipelines know by it which models have a task's head,
+    and complain of all others."""
+    return type(manifest.architecture, (CompiledModel,), {})
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take, by the system and by its control group; None where neither says."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # another system, or a group without a limit: `max`
+        pass
+    return min(found) if found else None
