@@ -54,7 +54,7 @@ class Subject:
 @dataclass(frozen=True)
 class Timing:
     """One subject at one shape. Latencies in milliseconds a batch; `ratio` is the eager original's over it, the median of
-    the rounds; `texts_per_second` is of the median latency."""
+    the rounds; `texts_per_second`, or images or sounds, is of the median latency."""
 
     subject: str
     shape: str
@@ -131,14 +131,14 @@ def bench(
                     tell(f"round {number + 1} of {rounds}: {shape}, {subject.name}")
                     seconds.setdefault((subject.name, shape), []).append(ask(inputs))
         memory = {subject.name: ask(None) for subject, ask in zip(subjects, running, strict=True)}
-    mask = batches[TEXT]["attention_mask"]
+    padded = batches[TEXT].get("attention_mask") if TEXT in batches else None
     return Result(
         threads=threads,
         rounds=rounds,
         cpu=cpu.features(),
-        padding=round(1 - float(mask.mean()), 3),
+        padding=0.0 if padded is None else round(1 - float(padded.mean()), 3),
         memory=memory,
-        timings=tuple(_timings(seconds, {shape: len(inputs["input_ids"]) for shape, inputs in batches.items()})),
+        timings=tuple(_timings(seconds, {shape: len(next(iter(inputs.values()))) for shape, inputs in batches.items()})),
     )
 
 
@@ -161,10 +161,17 @@ def _timings(seconds: Mapping[tuple[str, str], list[list[float]]], sizes: Mappin
 def _batches(
     release: Path, manifest: Manifest, shapes: Sequence[tuple[int, int]] | None
 ) -> Iterator[tuple[str, dict[str, np.ndarray[Any, Any]]]]:
-    """The inputs by shape's name: real tokens without padding, and a padded batch of real text."""
+    """The inputs by shape's name: real tokens without padding, and a padded batch of real text; of other modalities, and of
+    texts with choices, samples of the release, in batches."""
     import numpy as np
 
     found = read_cases(release / SAMPLES, known_samples(release, manifest, open_release(release)[1]))
+    if manifest.signature.inputs[0].shape != ("batch", "sequence"):
+        if shapes is not None:
+            raise ConfigError(f"--shape: is for models of text; one for {manifest.task} is timed at its own samples")
+        for case in sorted((case for case in found if case.mask.all()), key=lambda case: case.shape):
+            yield "x".join(map(str, case.shape)), dict(case.inputs)
+        return
     longest = max((case for case in found if case.mask.all()), key=lambda case: case.mask.shape[1])
     most = longest.mask.shape[1]
     if shapes is None:
@@ -277,6 +284,7 @@ def _runner(
         manifest.task,
         trust_remote_code=options["trust_remote_code"],
         allow_pickle=options["allow_pickle"],
+        sentence_embedding=bool(manifest.entry.get("sentence_embedding")),
     )
     return lambda inputs: run_eager(model, inputs)
 

@@ -84,7 +84,11 @@ class Build:
         self.log = self.folder / "build.log"
         self._entries: dict[str, Entry] = {}
         self._recalled: dict[str, Entry] = {}
-        self._load_options = {"trust_remote_code": spec.trust_remote_code, "allow_pickle": spec.allow_pickle}
+        self._load_options = {
+            "trust_remote_code": spec.trust_remote_code,
+            "allow_pickle": spec.allow_pickle,
+            "sentence_embedding": spec.sentence_embedding,
+        }
 
     @classmethod
     @contextlib.contextmanager
@@ -281,7 +285,13 @@ class Build:
         )
         validation = {
             "schema": 1,
-            "data": {"name": plan.texts.name, "sha256": plan.texts.sha256, "lines": len(plan.texts.lines)},
+            "data": {
+                "name": plan.texts.name,
+                "sha256": plan.texts.sha256,
+                "lines": len(plan.texts.lines),
+                **({"files": dict(plan.texts.files)} if plan.texts.files else {}),
+                **({"note": loaded.info["note"]} if loaded.info["note"] else {}),
+            },
             "cpu": cpu.features(),
             "threads": THREADS,
             # With the samples beside this file, the signature in the manifest and the limits below: what repeats the checks.
@@ -360,7 +370,7 @@ class Build:
             raise type(error)(f"{self.plan.spec}: {step.id}: {error}") from error
         self._entries[step.key] = entry
         self._remember(step)
-        self._tell(step.id, "cached" if cached else "run", started)
+        self._tell(step.id, "cached" if cached else "run", started, entry.info.get("note", ""))
         return entry
 
     def _started(self, step: Step) -> float:

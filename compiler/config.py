@@ -188,6 +188,10 @@ class ModelSpec(Strict):
         default_factory=dict, description="Pins: file of the checkpoint → its sha256."
     )
     task: TaskName | None = Field(None, description="Inferred from the checkpoint's config when left out.")
+    sentence_embedding: bool = Field(
+        False,
+        description="Put the pooling and normalization that modules.json names into the graph, as output sentence_embedding.",
+    )
     allow_pickle: bool = Field(False, description="Open pytorch_model.bin (weights only) where there is no safetensors.")
     trust_remote_code: bool = Field(False, description="Run the Python code that the checkpoint carries.")
     data: Data = Data()

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from compiler.backends import BACKENDS
 from compiler.config import ModelSpec, OnnxTargets, Targets, parse
 from compiler.errors import ConfigError, SourceError
-from compiler.sources import check_tokenizer, infer_task, read_config, resolve
+from compiler.modalities import MODALITIES
+from compiler.sources import infer_task, read_config, resolve
 from compiler.store import write_file, writing
 from compiler.tasks import TASKS, example
 
@@ -28,17 +29,20 @@ models:
     sha256:                             # the build stops if the checkpoint is another one
 {pins}
     task: {task:<32}# {tasks}
-{options}    # data:                             # your own text for the numerics gate, JSON lines such as
+{options}    # data:                             # your own {kind} for the numerics gate, JSON lines such as
     #   validation: {{path: data/validation.jsonl}}   # {example}
-    shapes:                             # what the gate covers, besides odd, short and longest shapes
+    shapes:                             # what the gate covers, besides {besides}
       batch: [1, 8]
-      sequence: [{sequence}]
-    targets:                            # formats and precisions: {possible}
+{sequence}    targets:                            # formats and precisions: {possible}
 {targets}
     # budget:                           # limits; these are the defaults
     #   fp32: {{max_abs: 1.0e-4, cosine: 0.999999}}
     #   bf16: {{cosine: 0.999, argmax: 0.98}}
 """
+
+
+# What a modality's data is called.
+KINDS = {"text": "text", "image": "images", "audio": "sound", "image-text": "images and texts"}
 
 
 def write(
@@ -86,7 +90,6 @@ def write(
         snapshot = resolve(spec, _real(output.parent))
     except SourceError as error:
         raise SourceError(str(error).replace("set allow_pickle: true", "give --allow-pickle")) from error
-    check_tokenizer(snapshot)
     config = read_config(snapshot)
     if snapshot.revision is not None:
         source = plain = snapshot.uri  # a branch moves, a commit does not
@@ -95,6 +98,8 @@ def write(
             task = infer_task(snapshot)
         except SourceError as error:
             raise SourceError(str(error).replace("set task: to", "give --task,")) from error
+    modality = TASKS[task].modality
+    MODALITIES[modality].check(snapshot, task)
     positions = config.get("max_position_embeddings")
     limit = positions if isinstance(positions, int) and positions > 5 else 128
     chosen = {
@@ -104,6 +109,7 @@ def write(
         "source": plain,
         "path": str(output),
     }
+    lengths = ", ".join(str(length) for length in sorted({min(16, limit - 2), min(128, limit - 2)}))
     text = TEMPLATE.format(
         file=output.name,
         name=chosen["name"],
@@ -114,7 +120,9 @@ def write(
         options=(trust_remote_code * "    trust_remote_code: true             # runs the Python code in the checkpoint\n")
         + (allow_pickle * "    allow_pickle: true                  # opens pytorch_model.bin, weights only\n"),
         example=example(task),
-        sequence=", ".join(str(length) for length in sorted({min(16, limit - 2), min(128, limit - 2)})),
+        kind=KINDS[modality],
+        besides="odd, short and longest shapes" if modality == "text" else "odd ones",
+        sequence=f"      sequence: [{lengths}]\n" if modality == "text" else "",
         possible="; ".join(f"{name} {', '.join(backend.PRECISIONS)}" for name, backend in BACKENDS.items()),
         targets="\n".join(_target(name, opset) for name in BACKENDS),
     )

@@ -51,7 +51,7 @@ def locked(plan: Plan) -> Locked:
         source=plan.snapshot.uri,
         revision=plan.snapshot.revision,
         files={file.path: file.sha256 for file in plan.snapshot.files},
-        data={plan.texts.name: plan.texts.sha256},
+        data={plan.texts.name: plan.texts.sha256, **plan.texts.files},
         python=platform.python_version(),
         compiler=compiler.__version__,
         cpu=plan.load.inputs["cpu"],

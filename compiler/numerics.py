@@ -1,8 +1,8 @@
 """How far an artifact's outputs are from the original's. Pure numpy.
 
-Figures are taken over *rows*: the last axis of an output (a token's or a text's vector, a row of logits), or, where an
-output is one number a token (the start and end logits of question answering), the sequence. Only real tokens count: what
-a model computes for padding is nobody's result.
+Figures are taken over *rows*: the last axis of an output (a token's, a text's or an image's vector, a row of logits), all of
+an image's feature map, or, where an output is one number a token (the start and end logits of question answering), the
+sequence. Only real tokens and frames count: what a model computes for padding is nobody's result.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """One sample: its name (what kind of padding), and its inputs, int64 `[batch, sequence]`.
+    """One sample: its name (what kind of padding), and its inputs; the first of them gives it its shape.
 
+    `real` says of outputs along an axis that no input has (the frames of a sound) which count, bool `[batch, axis]`; all of
+    them where it says nothing. `shapes` are those of outputs with such an axis.
     `counts` says for some outputs which rows of the batch count, bool `[batch]`. Where the original itself answers
     otherwise once a text is padded (a classifier that reads the first token, which padding on the left makes a padded
     one), its answer is nobody's result.
@@ -34,12 +36,26 @@ class Case:
     name: str
     inputs: Mapping[str, Array]
     counts: Mapping[str, Array] = field(default_factory=dict)
+    real: Mapping[str, Array] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def mask(self) -> Array:
-        """True at real tokens, `[batch, sequence]`."""
-        mask: Array = self.inputs["attention_mask"].astype(bool)
+        """True at what is real of the first input, such as the tokens of `[batch, sequence]`; everywhere without a mask."""
+        first = next(iter(self.inputs.values()))
+        mask: Array = self.inputs.get("attention_mask", np.ones(first.shape)).astype(bool)
         return mask
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape: tuple[int, ...] = next(iter(self.inputs.values())).shape
+        return shape
+
+    def along(self, tensor: Tensor) -> Array | None:
+        """Which places along the second axis of an output count, bool `[batch, axis]`; None where all do."""
+        if tensor.shape[:2] == ("batch", "sequence"):
+            return self.mask
+        return self.real.get(str(tensor.shape[1])) if len(tensor.shape) > 1 and tensor.shape[0] == "batch" else None
 
 
 @dataclass(frozen=True)
@@ -60,12 +76,16 @@ def rows(output: Array, tensor: Tensor, case: Case, keep: int | None = None) -> 
         keep: at most so many rows, spread evenly over the real ones (for the logits of a large vocabulary).
     """
     values = np.asarray(output, dtype=np.float64)
-    if tensor.shape == ("batch", "sequence"):
-        return Rows(values, [(row,) for row in range(len(values))], case.mask)
-    if tensor.shape[:2] == ("batch", "sequence"):
-        where = np.argwhere(case.mask)
-    elif tensor.shape[:1] == ("batch",):
-        where = np.argwhere(case.counts.get(tensor.name, np.ones(len(values), dtype=bool)))
+    mask = case.along(tensor)
+    if mask is not None and len(tensor.shape) == 2:
+        return Rows(values, [(row,) for row in range(len(values))], mask)
+    counts = case.counts.get(tensor.name, np.ones(values.shape[:1], dtype=bool))
+    if mask is not None:
+        where = np.argwhere(mask)
+    elif len(tensor.shape) == 3 and isinstance(tensor.shape[0], str):  # the vectors of an image's patches, a sound's frames
+        where = np.argwhere(np.broadcast_to(counts[:, None], values.shape[:2]))
+    elif tensor.shape and isinstance(tensor.shape[0], str):
+        where = np.argwhere(counts)
     else:
         where = np.zeros((1, 0), dtype=int)
     if keep is not None and len(where) > keep:
@@ -156,11 +176,11 @@ def cosine(a: Array, b: Array) -> Array:
 
 
 def _where(pair: Pair, tensor: Tensor, row: int, column: int | None = None) -> str:
-    batch, sequence = pair.case.mask.shape
+    shape = "x".join(map(str, pair.case.shape))
     index = list(pair.reference.index[row])
     if column is not None and len(index) != len(tensor.shape):
         index.append(column)
-    return f"sample {pair.case.name!r} ({batch}x{sequence}), output {tensor.name}{index}"
+    return f"sample {pair.case.name!r} ({shape}), output {tensor.name}{index}"
 
 
 def judge(outputs: Mapping[str, Mapping[str, Any]], limits: Limits) -> tuple[Check, ...]:

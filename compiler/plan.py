@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,23 @@ from compiler.config import ModelSpec
 from compiler.errors import ConfigError
 from compiler.hashing import digest, file_sha256, hash_files
 from compiler.manifest import differences
-from compiler.sources import check_tokenizer, infer_task
+from compiler.modalities import MODALITIES
+from compiler.sources import infer_task
 from compiler.store import Step, Store
-from compiler.tasks import parse_line
+from compiler.tasks import FILES, TASKS, parse_line
 from compiler.types import Snapshot, Target
 from compiler.workers import LOAD_THREADS, THREADS
 
 PACKAGE = Path(__file__).parent
 # Text of the compiler's own, for a model whose user names none.
 BUILTIN_TEXT = PACKAGE / "data" / "validation.jsonl"
+# The same for what other tasks read.
+BUILTIN = {
+    "multiple-choice": PACKAGE / "data" / "choices.jsonl",
+    "image": PACKAGE / "data" / "images.jsonl",
+    "image-text": PACKAGE / "data" / "images.jsonl",
+    "audio": PACKAGE / "data" / "sounds.jsonl",
+}
 LOAD_LIBRARIES = (
     "accelerate",
     "gguf",
@@ -67,11 +75,13 @@ DOCUMENTS = (".md", "LICENSE", "NOTICE")
 
 @dataclass(frozen=True)
 class Texts:
-    """The lines of a data file, parsed for the task. `name` is what the manifest calls it, `sha256` the file's (hex)."""
+    """The lines of a data file, parsed for the task. `name` is what the manifest calls it, `sha256` the file's (hex), and
+    `files` those of the images or sounds that its lines name, by their paths relative to it."""
 
     name: str
     sha256: str
     lines: tuple[tuple[str, ...], ...]
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ class Plan:
     def libraries(self) -> dict[str, str]:
         """The version of every distribution that shapes the release."""
         formats = {name for target in self.exports for name in BACKENDS[target.format].LIBRARIES}
-        names = {*LOAD_LIBRARIES, *PACKAGE_LIBRARIES, *formats}
+        names = {*_load_libraries(self.task), *PACKAGE_LIBRARIES, *formats}
         return {name: version(name) for name in sorted(names)}
 
     @property
@@ -128,6 +138,8 @@ class Plan:
                 for precision in sorted({target.precision for target in self.validates})
             },
         }
+        if spec.sentence_embedding:
+            entry["sentence_embedding"] = True
         if named is not None:
             entry["data"] = {"validation": {"path": _portable(named.path)}}
         return entry
@@ -146,10 +158,16 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         SourceError: the task cannot be inferred.
     """
     task: str = spec.task or infer_task(snapshot)
-    check_tokenizer(snapshot)
+    MODALITIES[TASKS[task].modality].check(snapshot, task)
+    if spec.sentence_embedding and task != "feature-extraction":
+        raise ConfigError(
+            f"{spec}: sentence_embedding: is an output of feature-extraction, and the task is {task}; leave it out"
+        )
     texts = read_texts(spec, task, folder)
     checkpoint = {f"source {file.path}": file.sha256 for file in snapshot.files if not file.path.endswith(DOCUMENTS)}
     common = {"task": task, "trust_remote_code": str(spec.trust_remote_code), **checkpoint}
+    if spec.sentence_embedding:
+        common["sentence_embedding"] = str(True)
 
     def step(stage: str, target: str, inputs: Mapping[str, str], libraries: Iterable[str], backend: str = "") -> Step:
         used = {name: version(name) for name in libraries} | {"code": _code()}
@@ -163,12 +181,13 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         common
         | {
             "data": texts.sha256,
+            **{f"data {name}": sha256 for name, sha256 in texts.files.items()},
             "batch": " ".join(map(str, spec.shapes.batch)),
             "sequence": " ".join(map(str, spec.shapes.sequence or ())) or "default",
             "threads": str(LOAD_THREADS),
             "cpu": cpu.features(),
         },
-        LOAD_LIBRARIES,
+        _load_libraries(task),
     )
     exports: dict[Target, Step] = {}
 
@@ -182,7 +201,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             else:
                 source = Target(target.format, precision, target.opset)
                 inputs[f"step export {source}"] = add(source).key
-            libraries = {*backend.LIBRARIES, *(() if precision else LOAD_LIBRARIES)}
+            libraries = {*backend.LIBRARIES, *(() if precision else _load_libraries(task))}
             exports[target] = step("export", str(target), inputs, libraries, target.format)
         return exports[target]
 
@@ -225,10 +244,16 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
     return Plan(spec, task, snapshot, texts, load, exports, validates, package)
 
 
+def _load_libraries(task: str) -> tuple[str, ...]:
+    return (*LOAD_LIBRARIES, *MODALITIES[TASKS[task].modality].LIBRARIES)
+
+
 def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
-    """The validation text of a model, or the compiler's own."""
+    """The validation text, images or sound of a model, or the compiler's own."""
     named = spec.data.validation
-    path = BUILTIN_TEXT if named is None else folder / named.path
+    entry = TASKS[task]
+    own = BUILTIN.get(task) or BUILTIN.get(entry.modality) or BUILTIN_TEXT
+    path = own if named is None else folder / named.path
     name = "built-in" if named is None else Path(named.path).name
     try:
         read = path.read_bytes()
@@ -242,9 +267,32 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
     )
     if not lines:
         raise ConfigError(f"data.validation: {path}: holds no line; give one JSON object a line")
+    sha256 = hashlib.sha256(read).hexdigest()
+    if entry.fields[0] in FILES:
+        found: dict[str, list[str]] = {}
+        for line in lines:
+            found.setdefault(_portable(line[0]), []).append(_content(path.parent / line[0], entry.fields[0]))
+        # Of absolute paths only the name is kept, which several may have.
+        files = {name: hashes[0] if len({*hashes}) == 1 else digest(hashes) for name, hashes in found.items()}
+        return Texts(name, sha256, tuple((str(path.parent / line[0]), *line[1:]) for line in lines), files)
     if len({len(line) for line in lines}) > 1:
+        if task == "multiple-choice":
+            raise ConfigError(
+                f"data.validation: {path}: the lines have different numbers of choices; give all of them as many"
+            )
         raise ConfigError(f"data.validation: {path}: some lines have a text_pair and some have none; give all of them one")
-    return Texts(name, hashlib.sha256(read).hexdigest(), lines)
+    return Texts(name, sha256, lines)
+
+
+def _content(path: Path, kind: str) -> str:
+    """The hash of a file that a line of data names. Raises ConfigError when it is not there."""
+    try:
+        return file_sha256(path)
+    except (OSError, ValueError) as error:  # a path may hold a null
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"data.validation: {path}: cannot be read ({reason}); {kind} is a path relative to the data file"
+        ) from error
 
 
 def _portable(path: str) -> str:

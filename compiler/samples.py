@@ -58,14 +58,22 @@ def cases(
     for start in range(0, min(len(texts), MAX_LINES), BATCH):
         chosen = texts[start : start + BATCH]
         inputs = tokenize(model, chosen, min(most or LONGEST, LONGEST), "right")
-        length = int(inputs["attention_mask"].sum(axis=1).max())
-        found.append(Case(TEXT, {name: np.ascontiguousarray(value[:, :length]) for name, value in inputs.items()}))
+        length = int(inputs["attention_mask"].sum(axis=-1).max())
+        found.append(Case(TEXT, {name: np.ascontiguousarray(value[..., :length]) for name, value in inputs.items()}))
+    if model.task == "multiple-choice":  # another number of choices than the text has
+        fewer = {name: np.ascontiguousarray(value[:, :1]) for name, value in found[-1].inputs.items()}
+        found.append(Case(TEXT, fewer))
     _check_ids(model, found)
     return found
 
 
 def tokenize(model: Model, texts: Sequence[tuple[str, ...]], sequence: int, side: str) -> dict[str, np.ndarray[Any, Any]]:
-    """Texts as int64 `[batch, sequence]`, cut and padded to exactly that length."""
+    """Texts as int64 `[batch, sequence]`, cut and padded to exactly that length; of a text and its choices
+    `[batch, choices, sequence]`."""
+    sizes: tuple[int, ...] = (len(texts), sequence)
+    if model.task == "multiple-choice":
+        sizes = (len(texts), len(texts[0]) - 1, sequence)
+        texts = [(text, choice) for text, *choices in texts for choice in choices]
     columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = model.tokenizer(
         *columns,
@@ -77,7 +85,7 @@ def tokenize(model: Model, texts: Sequence[tuple[str, ...]], sequence: int, side
         return_token_type_ids="token_type_ids" in model.inputs or None,
         return_attention_mask=True,
     )
-    return {name: np.ascontiguousarray(encoded[name], dtype=np.int64) for name in model.inputs}
+    return {name: np.ascontiguousarray(encoded[name], dtype=np.int64).reshape(sizes) for name in model.inputs}
 
 
 class _Filler:
@@ -89,13 +97,14 @@ class _Filler:
         self.lengths = [len(ids) for ids in encoded]
 
     def fill(self, text: tuple[str, ...], number: int, sequence: int) -> tuple[str, ...]:
-        """A text whose last part, the `number`th of all, has more than `sequence` tokens."""
+        """A text whose last part, the `number`th of all, has more than `sequence` tokens; of several choices, each has."""
         parts, length = [text[-1]], self.lengths[number]
         while length < 2 * sequence:
             number = (number + 1) % len(self.texts)
             parts.append(self.texts[number])
             length += self.lengths[number]
-        return (*text[:-1], " ".join(parts))
+        joined = " ".join(parts)
+        return (*text[:1], *(f"{choice} {joined}" for choice in text[1:])) if len(text) > 2 else (*text[:-1], joined)
 
 
 def _with_masks(model: Model, texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -124,7 +133,8 @@ def _check_ids(model: Model, found: Sequence[Case]) -> None:
 
 
 def read_cases(samples: Path, known: Mapping[str, Any]) -> list[Case]:
-    """The samples of a `samples.safetensors`, as `reference` described them. Raises StageError when it holds others."""
+    """The samples of a `samples.safetensors`, as `compiler.stages.load.reference` described them. Raises StageError when it
+    holds others."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -138,9 +148,15 @@ def read_cases(samples: Path, known: Mapping[str, Any]) -> list[Case]:
         ) from error
     found = []
     for number, (described, inputs) in enumerate(zip(known["cases"], listed, strict=True)):
-        if any(array.dtype != np.int64 or array.ndim != 2 for array in inputs.values()):
-            raise StageError(f"{samples}: sample {number} is not int64 [batch, sequence]; the release is damaged")
-        start = f"{number:03d}.counts."
-        counts = {name.removeprefix(start): value.astype(bool) for name, value in arrays.items() if name.startswith(start)}
-        found.append(Case(described["name"], inputs, counts))
+        for tensor in known["signature"]["inputs"]:
+            array = inputs[tensor["name"]]
+            if array.dtype.name != tensor["dtype"] or array.ndim != len(tensor["shape"]):
+                wanted = f"{tensor['dtype']} [{', '.join(map(str, tensor['shape']))}]"
+                raise StageError(f"{samples}: sample {number} is not {wanted}; the release is damaged")
+        counts, real = (
+            {name.removeprefix(start): value.astype(bool) for name, value in arrays.items() if name.startswith(start)}
+            for start in (f"{number:03d}.counts.", f"{number:03d}.real.")
+        )
+        shapes = {name: tuple(shape) for name, shape in described.get("shapes", {}).items()}
+        found.append(Case(described["name"], inputs, counts, real, shapes))
     return found

@@ -15,13 +15,13 @@ import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import yaml
 
 from compiler.errors import SourceError
 from compiler.hashing import canonical, hash_files, list_files
-from compiler.tasks import infer
+from compiler.tasks import Modality, infer
 from compiler.types import File, Snapshot
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "spm.model"}
 )
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 SUPPORT_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".md"})
 SUPPORT_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)([.-].*)?", re.IGNORECASE)
 # Names that a release gives its own files, and what training leaves behind.
@@ -342,7 +343,44 @@ def infer_task(snapshot: Snapshot) -> str:
     names = {file.path for file in snapshot.support}
     if "config.json" not in names:
         return "feature-extraction"  # a GGUF does not say what its head is for
-    return infer(read_config(snapshot), "modules.json" in names)
+    return infer(read_config(snapshot), "modules.json" in names, _modality(snapshot))
+
+
+def _modality(snapshot: Snapshot) -> Modality:
+    """What the files of a checkpoint's processor are for. transformers 5 puts several into processor_config.json."""
+    settings = _processor(snapshot)
+    if "sampling_rate" in settings:
+        return "audio"
+    if not settings:
+        return "text"
+    return "image-text" if TOKENIZER_FILES & {file.path for file in snapshot.support} else "image"
+
+
+def _processor(snapshot: Snapshot) -> dict[str, Any]:
+    """The settings of a checkpoint's image processor or feature extractor; empty where it has none."""
+    names = {file.path for file in snapshot.support}
+    for name in PROCESSOR_FILES:
+        if name in names:
+            settings = _read_json(snapshot.root / name, name)
+            if not isinstance(settings, dict):
+                raise SourceError(f"{name}: not a JSON object; fetch the checkpoint again")
+            found = (
+                settings if name == PROCESSOR_FILES[0] else settings.get("image_processor", settings.get("feature_extractor"))
+            )
+            if isinstance(found, dict) and found:
+                return found
+    return {}
+
+
+def check_processor(snapshot: Snapshot, kind: Literal["image", "audio"]) -> None:
+    """Make sure that there is something to make images or sound into inputs. Raises SourceError."""
+    settings = _processor(snapshot)
+    if not settings or ("sampling_rate" in settings) != (kind == "audio"):
+        what, data = ("feature extractor", "sound") if kind == "audio" else ("image processor", "images")
+        raise SourceError(
+            f"{snapshot.uri}: no {what} beside the weights (preprocessor_config.json); it was not trained on {data}, or was "
+            "not saved whole"
+        )
 
 
 def check_tokenizer(snapshot: Snapshot) -> None:

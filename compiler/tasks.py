@@ -1,7 +1,7 @@
-"""What a task is: which heads mean it, and which fields of a data file it reads. Imports no torch.
+"""What a task is: which heads mean it, what its inputs are made of, which fields of a data file it reads. Imports no torch.
 
 optimum's `TasksManager` turns a task into transformers' auto class (`compiler.stages.load`); this table adds only what it
-cannot tell: a task from a local folder's config, and how a line of text becomes the model's input.
+cannot tell: a task from a local folder's config, and how a line of data becomes the model's input.
 """
 
 from __future__ import annotations
@@ -13,17 +13,36 @@ from typing import Any, Literal
 
 from compiler.errors import ConfigError, SourceError
 
-TaskName = Literal["feature-extraction", "text-classification", "token-classification", "question-answering", "fill-mask"]
+TaskName = Literal[
+    "feature-extraction",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "fill-mask",
+    "multiple-choice",
+    "image-classification",
+    "image-feature-extraction",
+    "zero-shot-image-classification",
+    "audio-classification",
+    "automatic-speech-recognition",
+]
+Modality = Literal["text", "image", "audio", "image-text"]
+# Fields that name a file, relative to the data file, and fields that are a list of at least so many texts.
+FILES = ("image", "audio")
+LISTS: Mapping[str, int] = {"choices": 2, "texts": 1}
 
 
 @dataclass(frozen=True)
 class Task:
     """`head` is the suffix of the class names in `config.architectures`; `fields` are those of a data line, in the order
-    that the tokenizer takes them; one in `optional` may be left out."""
+    that the processor takes them; one in `optional` may be left out. `auto` is transformers' auto class, where a task has
+    several."""
 
     head: str
     fields: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    modality: Modality = "text"
+    auto: str | None = None
 
 
 TASKS: dict[str, Task] = {
@@ -32,11 +51,18 @@ TASKS: dict[str, Task] = {
     "token-classification": Task("ForTokenClassification", ("text",)),
     "question-answering": Task("ForQuestionAnswering", ("question", "context")),
     "fill-mask": Task("ForMaskedLM", ("text",)),
+    "multiple-choice": Task("ForMultipleChoice", ("text", "choices")),
+    "image-classification": Task("ForImageClassification", ("image",), modality="image"),
+    "image-feature-extraction": Task("Model", ("image",), modality="image"),
+    "zero-shot-image-classification": Task("Model", ("image", "texts"), modality="image-text"),
+    "audio-classification": Task("ForSequenceClassification", ("audio",), modality="audio"),
+    "automatic-speech-recognition": Task("ForCTC", ("audio",), modality="audio", auto="AutoModelForCTC"),
 }
 
 
-def infer(config: Mapping[str, Any], sentence_transformer: bool) -> str:
-    """The task of a checkpoint, from its parsed config.json.
+def infer(config: Mapping[str, Any], sentence_transformer: bool, modality: Modality = "text") -> str:
+    """The task of a checkpoint, from its parsed config.json. `modality` is what its processor's files are for: some heads
+    are of several.
 
     A folder with sentence-transformers' `modules.json` is an embedding model whatever its head is.
 
@@ -47,9 +73,9 @@ def infer(config: Mapping[str, Any], sentence_transformer: bool) -> str:
         return "feature-extraction"
     names = config.get("architectures") or []
     for name in names if isinstance(names, list) else []:
-        for task, entry in TASKS.items():
-            if isinstance(name, str) and name.endswith(entry.head):
-                return task
+        fitting = [task for task, entry in TASKS.items() if isinstance(name, str) and name.endswith(entry.head)]
+        if fitting:
+            return next((task for task in fitting if TASKS[task].modality == modality), fitting[0])
     found = " ".join(", ".join(map(str, names if isinstance(names, list) else [names])).split()) or "none"
     raise SourceError(
         f"config.json: no task can be inferred from architectures ({found}); set task: to one of {', '.join(TASKS)}"
@@ -57,7 +83,8 @@ def infer(config: Mapping[str, Any], sentence_transformer: bool) -> str:
 
 
 def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
-    """One line of a data file, as the texts that the tokenizer takes: one, or a pair.
+    """One line of a data file, as the texts that the processor takes: one, a pair, or one (the path of a file, too) and a
+    list of others.
 
     Raises:
         ConfigError: the line is not a JSON object, or lacks a field of the task. `where` is `file:line`.
@@ -69,17 +96,23 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     entry = TASKS[task]
     if not isinstance(line, dict):
         raise ConfigError(f"{where}: not a JSON object; a line for {task} is {example(task)}")
-    values = []
+    values: list[str] = []
     for name in entry.fields:
         if name not in line and name in entry.optional:
             continue
         value = line.get(name)
-        if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{where}: field {name!r} is missing, empty or not a text; a line for {task} is {example(task)}")
-        values.append(value)
+        given: Any = value if name in LISTS else [value]
+        found = given if isinstance(given, list) else []
+        if len(found) < LISTS.get(name, 1) or not all(isinstance(one, str) and one.strip() for one in found):
+            kind = f"list of {LISTS[name]} or more texts" if name in LISTS else "text"
+            raise ConfigError(
+                f"{where}: field {name!r} is missing, empty or not a {kind}; a line for {task} is {example(task)}"
+            )
+        values += found
     return tuple(values)
 
 
 def example(task: str) -> str:
     entry = TASKS[task]
-    return json.dumps({name: "…" for name in entry.fields if name not in entry.optional}, ensure_ascii=False)
+    fields = {name: ["…"] * 2 if name in LISTS else "…" for name in entry.fields if name not in entry.optional}
+    return json.dumps(fields, ensure_ascii=False)

@@ -48,7 +48,8 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output: its name, numpy dtype, and shape with `batch` and `sequence` where it is dynamic."""
+    """An input or output: its name, numpy dtype, and shape, with a name where it is dynamic: `batch`, `sequence`, `choices`,
+    `texts`, `samples` (of a sound), `frames` (what a model makes of them), `height`, `width`."""
 
     name: str
     dtype: str
@@ -74,21 +75,38 @@ class Signature:
 class Model:
     """A checkpoint in memory, untouched: eager, fp32, in eval mode.
 
-    `inputs` are the names of the int64 `[batch, sequence]` tensors that it takes, in the order of its forward.
-    `example` are dummy inputs to trace with. `positions` is the longest sequence, in tokens, None where unbounded.
+    `processor` makes its inputs of text, images or sound. `axes` are those of each tensor that it takes, in the order of its
+    forward: a number, or a name where it is dynamic (see `Tensor`). `example` are inputs to trace with; their dtypes are the
+    model's. `positions` is the longest sequence, in tokens, None where unbounded or where there are no tokens.
     `rewrites` are those that a backend may apply while it traces, and `declined` says why others do not apply; both are
     empty before `optimize`.
     """
 
     module: torch.nn.Module
-    tokenizer: Any
+    processor: Any
     task: str
-    inputs: tuple[str, ...]
+    axes: Mapping[str, tuple[int | str, ...]]
     example: Mapping[str, torch.Tensor]
     positions: int | None
     left_out: tuple[str, ...] = ()
     rewrites: Mapping[str, Any] = field(default_factory=dict)
     declined: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(self.axes)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor, or the part of it, that makes tokens of text."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def dynamic_axes(self, value: Any) -> dict[str, dict[int, Any]]:
+        """For each input, `value` at its dynamic axes, as torch's exporters want them."""
+        return {
+            name: {number: value for number, axis in enumerate(axes) if isinstance(axis, str)}
+            for name, axes in self.axes.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -316,7 +316,8 @@ def verify_numerics(
             reference = cached.root / REFERENCE
         else:
             snapshot = find_original(path, manifest, source, options, folder)
-            arguments = (aside, snapshot, manifest.task, path / SAMPLES, known, options)
+            loading = {**options, "sentence_embedding": bool(manifest.entry.get("sentence_embedding"))}
+            arguments = (aside, snapshot, manifest.task, path / SAMPLES, known, loading)
             timed("load", lambda: workers.run(reference_again, *arguments, log=log))
             reference = aside / REFERENCE
         reports = []

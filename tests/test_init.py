@@ -21,7 +21,8 @@ from compiler.tasks import TASKS
 from tests.conftest import Command, error_line
 from tests.hub import Hub
 
-HEADS = [(task, f"Bert{entry.head}") for task, entry in TASKS.items()]
+HEADS = [(task, f"Any{entry.head}") for task, entry in TASKS.items()]
+PROCESSORS = {"image": {"size": 32}, "audio": {"sampling_rate": 16000}, "image-text": {"size": 32}}
 
 
 def fake(folder: Path, **config: Any) -> Path:
@@ -88,9 +89,17 @@ def test_what_is_commented_out_is_valid_as_it_stands(command: Command, tmp_path:
 
 @pytest.mark.parametrize(("task", "architecture"), HEADS, ids=[task for task, _ in HEADS])
 def test_task_is_that_of_the_head(command: Command, tmp_path: Path, task: str, architecture: str) -> None:
-    fake(tmp_path / "checkpoint", architectures=[architecture])
+    folder = fake(tmp_path / "checkpoint", architectures=[architecture])
+    modality = TASKS[task].modality
+    if modality in PROCESSORS:
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[modality]))
+    if modality == "image":
+        (folder / "tokenizer.json").unlink()
     assert command("init", "checkpoint").returncode == 0
-    assert written(tmp_path / "pipeline.yaml").task == task
+    spec = written(tmp_path / "pipeline.yaml")
+    assert spec.task == task
+    assert (spec.shapes.sequence is not None) == (modality == "text")
+    assert command("plan").returncode == 0
 
 
 def test_sentence_transformer_is_an_embedding_model(command: Command, tmp_path: Path) -> None:

@@ -56,6 +56,33 @@ class TestRows:
         assert cut.values.tolist() == [[1, 2], [3, 4]]
         assert cut.index == [(0,), (1,)]
 
+    def test_frames_that_are_padding_are_cut(self) -> None:
+        sample = Case("sounds", {"input_values": np.zeros((2, 9))}, real={"frames": np.array([[True, True], [True, False]])})
+        tensor = Tensor("logits", "float32", ("batch", "frames", 2))
+        cut = rows(np.arange(8.0).reshape(2, 2, 2), tensor, sample)
+        assert cut.values.tolist() == [[0, 1], [2, 3], [4, 5]]
+        assert cut.index == [(0, 0), (0, 1), (1, 0)]
+
+    def test_without_a_mask_every_frame_and_patch_is_a_row(self) -> None:
+        sample = Case("sounds", {"input_values": np.zeros((2, 9))})
+        for axis in ("frames", 2):
+            cut = rows(np.arange(8.0).reshape(2, 2, 2), Tensor("logits", "float32", ("batch", axis, 2)), sample)
+            assert cut.values.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+    def test_a_feature_map_is_a_row_an_image(self) -> None:
+        sample = Case("images", {"pixel_values": np.zeros((2, 3, 4, 4))})
+        tensor = Tensor("last_hidden_state", "float32", ("batch", 1, "feature_height", "feature_width"))
+        assert rows(np.arange(8.0).reshape(2, 1, 2, 2), tensor, sample).values.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+    def test_images_beside_texts(self) -> None:
+        """Texts are as many as they are, whatever the batch of images; each image's scores are a row, and each text's."""
+        inputs = {"input_ids": np.zeros((3, 5)), "pixel_values": np.zeros((2, 3, 4, 4)), "attention_mask": np.ones((3, 5))}
+        scores = np.arange(6.0).reshape(2, 3)
+        cut = rows(scores, Tensor("logits_per_image", "float32", ("batch", "texts")), Case("images", inputs))
+        assert cut.values.tolist() == scores.tolist()
+        cut = rows(scores.T, Tensor("logits_per_text", "float32", ("texts", "batch")), Case("images", inputs))
+        assert cut.values.tolist() == scores.T.tolist()
+
     def test_counts_leave_rows_out(self) -> None:
         sample = case([[1], [1], [1]], counts={"pooler_output": [True, False, True]})
         cut = rows(np.arange(6.0).reshape(3, 2), POOLED, sample)
@@ -67,8 +94,15 @@ class TestRows:
         assert len(rows(np.zeros((2, 2)), POOLED, sample).values) == 2
 
     def test_rows_of_more_axes_are_laid_flat(self) -> None:
+        tensor = Tensor("maps", "float32", ("batch", 1, 2, 2))
+        assert rows(np.arange(4.0).reshape(1, 1, 2, 2), tensor, case([[1]])).values.tolist() == [[0, 1, 2, 3]]
+
+    def test_several_vectors_of_a_text_are_a_row_each(self) -> None:
         tensor = Tensor("heads", "float32", ("batch", 2, 2))
-        assert rows(np.arange(4.0).reshape(1, 2, 2), tensor, case([[1]])).values.tolist() == [[0, 1, 2, 3]]
+        sample = case([[1], [1]], counts={"heads": [False, True]})
+        cut = rows(np.arange(8.0).reshape(2, 2, 2), tensor, sample)
+        assert cut.values.tolist() == [[4, 5], [6, 7]]
+        assert cut.index == [(1, 0), (1, 1)]
 
     def test_an_output_without_batch_is_one_row(self) -> None:
         cut = rows(np.array([1.0, 2.0]), Tensor("bias", "float32", (2,)), case([[1, 1]]))

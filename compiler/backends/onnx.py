@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,18 +42,14 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
 
     from compiler.fusions import onnx_graph
 
-    dynamic = torch.export.Dim.DYNAMIC
-    config = OnnxConfig(
-        dynamic=True,
-        dynamic_shapes={name: {0: dynamic, 1: dynamic} for name in model.inputs},
-        opset_version=target.opset,
-    )
+    shapes = model.dynamic_axes(torch.export.Dim.DYNAMIC)
+    config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=target.opset)
     with _marked(model):
         exported = OnnxExporter().export(model.module, dict(model.example), config)
     program = exported.program
     _drop_paths(program)
     fused = onnx_graph.fuse(program)
-    _name_axes(program.graph)
+    _name_axes(program.graph, model.axes)
     path = out / files(target.precision)[0]
     path.parent.mkdir(parents=True)
     weights = sum(value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value)
@@ -109,19 +106,22 @@ def _drop_paths(program: onnx_ir.Model) -> None:
             value.const_value.metadata_props.clear()
 
 
-def _name_axes(graph: onnx_ir.Graph) -> None:
-    """Call the dynamic axes of inputs and outputs what they are, instead of `s31`."""
+def _name_axes(graph: onnx_ir.Graph, axes: Mapping[str, tuple[int | str, ...]]) -> None:
+    """Call the dynamic axes of inputs and outputs what they are, instead of `s31`, also in what is computed of them."""
     import onnx_ir
 
     names: dict[str, str] = {}
     for value in graph.inputs:
         if value.shape is not None:
-            names.update(zip((str(dim) for dim in value.shape), ("batch", "sequence"), strict=False))
+            named = zip(value.shape, axes[str(value.name)], strict=True)
+            names.update((str(dim), axis) for dim, axis in named if isinstance(axis, str))
+
+    def name(dim: object) -> str:
+        return re.sub(r"\w+", lambda found: names.get(found[0], found[0]), str(dim))
+
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None:
-            value.shape = onnx_ir.Shape(
-                [dim if isinstance(dim, int) else names.get(str(dim), str(dim)) for dim in value.shape]
-            )
+            value.shape = onnx_ir.Shape([dim if isinstance(dim, int) else name(dim) for dim in value.shape])
 
 
 def reduce(out: Path, exported: Path, precision: Precision) -> dict[str, Any]:

@@ -60,10 +60,10 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     from compiler.fusions import openvino_graph
     from compiler.fusions.padding_free import Marked
 
-    dynamic = torch.export.Dim.DYNAMIC
-    config = OpenVINOConfig(dynamic=True, dynamic_shapes={name: {0: dynamic, 1: dynamic} for name in model.inputs})
+    config = OpenVINOConfig(dynamic=True, dynamic_shapes=model.dynamic_axes(torch.export.Dim.DYNAMIC))
     if (rewrite := model.rewrites.get("padding_free")) is None:
         exported = OpenVINOExporter().export(model.module, dict(model.example), config)
+        _divide_in_integers(exported.program)
         if model.positions is not None:
             _tabulate_positions(exported.program, model.positions)
         return _save(exported.program, out, target.precision, exported)
@@ -102,6 +102,43 @@ def _converted_twice() -> Iterator[list[openvino.Model]]:
         yield packed
     finally:
         exporter_openvino._convert_to_openvino = convert
+
+
+def _divide_in_integers(program: openvino.Model) -> int:
+    """Replace whole numbers that are divided and rounded down in floating point by a division of integers; returns how many
+    there were.
+
+    How many frames a convolution makes of a sound is such a number. Under `INFERENCE_PRECISION_HINT=bf16` the CPU plugin
+    computes it in bf16, with 8 bits, and shapes no longer fit.
+    """
+    import numpy as np
+    import openvino.opset14 as ops
+
+    replaced = 0
+    for sink in program.get_ordered_ops():
+        if sink.get_type_name() != "Convert" or not sink.get_output_element_type(0).is_integral_number():
+            continue
+        floor = sink.input_value(0).get_node()
+        if floor.get_type_name() != "Floor":
+            continue
+        divide = floor.input_value(0).get_node()
+        if divide.get_type_name() not in ("Divide", "Multiply"):  # by a number, or times what 1 over it is
+            continue
+        convert, by = (value.get_node() for value in divide.input_values())
+        if convert.get_type_name() != "Convert" or not convert.input_value(0).get_element_type().is_integral_number():
+            continue
+        if by.get_type_name() != "Constant" or by.data.size != 1 or float(by.data.flat[0]) <= 0:
+            continue
+        number = float(by.data.flat[0]) if divide.get_type_name() == "Divide" else 1 / float(by.data.flat[0])
+        if abs(number - round(number)) > 1e-6 * number:
+            continue
+        whole = convert.input_value(0)
+        kind = whole.get_element_type().to_dtype()
+        divisor = np.array(round(number), dtype=kind)
+        quotient = ops.divide(ops.subtract(whole, ops.floor_mod(whole, divisor)), divisor)
+        sink.output(0).replace(ops.convert(quotient, sink.get_output_element_type(0).get_type_name()).output(0))
+        replaced += 1
+    return replaced
 
 
 def _tabulate_positions(program: openvino.Model, positions: int) -> int:

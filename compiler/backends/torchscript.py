@@ -66,7 +66,14 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
 
     example = dict(model.example)
     linears = model.rewrites["linear"]
-    weights = linears.weights(module, example)
+    precision = next(module.parameters()).dtype
+
+    def cast(value: torch.Tensor) -> torch.Tensor:
+        return value.to(precision) if value.is_floating_point() else value  # pixels and samples come as fp32
+
+    weights = linears.weights(module, {name: cast(value) for name, value in example.items()})
+    if not weights.packs:  # torch traces no empty list
+        weights.packs.append(weights.add(torch.zeros(1, 1)))
     stand_ins = [weights.tensors[place] for place in weights.packs]
 
     def trace(forward: Callable[..., Any]) -> tuple[Any, dict[str, int]]:
@@ -74,7 +81,7 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
 
         def run(inputs: list[torch.Tensor], tensors: list[torch.Tensor], packed: list[torch.Tensor]) -> Any:
             with linears.applied(weights, tensors, packed) as mode:
-                outputs = forward(**dict(zip(model.inputs, inputs, strict=True)))
+                outputs = forward(**dict(zip(model.inputs, map(cast, inputs), strict=True)))
             fused.update(mode.counts())
             # Plain tensors in and a plain dict of fp32 tensors out, whatever the precision inside.
             return {

@@ -63,12 +63,14 @@ def print_benchmark(result: Result) -> None:
     from compiler.samples import TEXT
 
     click.echo(f"{result.threads} threads, {result.rounds} rounds, {result.cpu}")
-    click.echo(f"p50 / p90 ms a batch, times the original's speed; {TEXT}: 32 lines, {result.padding:.0%} padding")
-    rows = [("artifact", *result.shapes, f"{TEXT}/s", "peak MB")]
+    last = result.shapes[-1]
+    what = f"; {TEXT}: 32 lines, {result.padding:.0%} padding" if last == TEXT else ""
+    click.echo(f"p50 / p90 ms a batch, times the original's speed{what}")
+    rows = [("artifact", *result.shapes, f"{TEXT if last == TEXT else 'samples'}/s", "peak MB")]
     for subject, memory in result.memory.items():
         found = {timing.shape: timing for timing in result.timings if timing.subject == subject}
         cells = [f"{t.p50:.1f} / {t.p90:.1f}  {t.ratio:.2f}x" for t in found.values()]
-        rows.append((subject, *cells, f"{found[TEXT].texts_per_second:.0f}", f"{memory:.0f}"))
+        rows.append((subject, *cells, f"{found[last].texts_per_second:.0f}", f"{memory:.0f}"))
     click.echo(lines(rows))
     click.echo("best      " + ", ".join(f"{shape}: {result.best(shape)}" for shape in result.shapes))
 

@@ -23,6 +23,9 @@ class Declined:
 def _padding_free(model: Model) -> Any:
     from compiler.fusions import padding_free
 
+    if model.axes.get("input_ids") != ("batch", "sequence"):
+        taken = ", ".join(f"{name} {list(axes)}".replace("'", "") for name, axes in model.axes.items())
+        return Declined(f"it packs the tokens of texts, input_ids [batch, sequence]; this model takes {taken}")
     tokenizer = model.tokenizer
     padding = tokenizer.pad_token_id
     special = [token for token in tokenizer.all_special_ids if token != padding]

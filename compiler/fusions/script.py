@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compiler.errors import StageError
+
 if TYPE_CHECKING:
     from compiler.fusions.linear import Weights
 
@@ -28,17 +30,31 @@ def pack(tensors: list[torch.Tensor], packs: list[int]) -> list[torch.Tensor]:
 
 
 def assemble(inputs: Sequence[str], dense: Any, packed: Any, weights: Weights) -> torch.jit.ScriptModule:
-    """A module that takes `inputs` by name and returns a dict, and runs `dense` when nothing is padded, else `packed`.
+    """A module that takes `inputs` by name and returns a dict. One of text runs `dense` when nothing is padded, else `packed`;
+    others run `dense`.
 
     A mask that is left out is one of ones, and token types that are left out are zeros, as the original has it.
+
+    Raises:
+        StageError: no module here takes those inputs: a script's arguments stand in its source.
     """
 
-    class Encoder(torch.nn.Module):
+    class Held(torch.nn.Module):
         def __init__(self, tensors: list[torch.Tensor], packs: list[int]) -> None:
             super().__init__()
             self.tensors, self.packs = tensors, packs
             self.packed = pack(tensors, packs)
 
+        @torch.jit.export
+        def __getstate__(self) -> tuple[list[torch.Tensor], list[int], bool]:
+            return self.tensors, self.packs, self.training
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[list[torch.Tensor], list[int], bool]) -> None:
+            self.tensors, self.packs, self.training = state
+            self.packed = pack(self.tensors, self.packs)
+
+    class Encoder(Held):
         @torch.jit.export
         def run(self, inputs: list[torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
             if mask.shape != inputs[0].shape:
@@ -56,15 +72,6 @@ def assemble(inputs: Sequence[str], dense: Any, packed: Any, weights: Weights) -
                     outputs[name] = value[:-1]
             return outputs
 
-        @torch.jit.export
-        def __getstate__(self) -> tuple[list[torch.Tensor], list[int], bool]:
-            return self.tensors, self.packs, self.training
-
-        @torch.jit.export
-        def __setstate__(self, state: tuple[list[torch.Tensor], list[int], bool]) -> None:
-            self.tensors, self.packs, self.training = state
-            self.packed = pack(self.tensors, self.packs)
-
     class Two(Encoder):
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -81,7 +88,45 @@ def assemble(inputs: Sequence[str], dense: Any, packed: Any, weights: Weights) -
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             return self.run([input_ids, mask, types], mask)
 
-    made = (Two if len(inputs) == 2 else Three)(weights.tensors, weights.packs)
+    class Pixels(Held):
+        def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+            outputs: dict[str, torch.Tensor] = dense([pixel_values], self.tensors, self.packed)
+            return outputs
+
+    class Sound(Held):
+        def forward(self, input_values: torch.Tensor) -> dict[str, torch.Tensor]:
+            outputs: dict[str, torch.Tensor] = dense([input_values], self.tensors, self.packed)
+            return outputs
+
+    class MaskedSound(Held):
+        def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+            mask = torch.ones_like(input_values, dtype=torch.int64) if attention_mask is None else attention_mask
+            if mask.shape != input_values.shape:
+                raise ValueError("attention_mask: must be [batch, samples], as input_values is; 0 at padding")
+            outputs: dict[str, torch.Tensor] = dense([input_values, mask], self.tensors, self.packed)
+            return outputs
+
+    class TextsAndPixels(Held):
+        def forward(
+            self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+        ) -> dict[str, torch.Tensor]:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            if mask.shape != input_ids.shape:
+                raise ValueError("attention_mask: must be [texts, sequence], as input_ids is; 0 at padding")
+            outputs: dict[str, torch.Tensor] = dense([input_ids, pixel_values, mask], self.tensors, self.packed)
+            return outputs
+
+    forms: dict[tuple[str, ...], type[Held]] = {
+        ("input_ids", "attention_mask"): Two,
+        ("input_ids", "attention_mask", "token_type_ids"): Three,
+        ("pixel_values",): Pixels,
+        ("input_values",): Sound,
+        ("input_values", "attention_mask"): MaskedSound,
+        ("input_ids", "pixel_values", "attention_mask"): TextsAndPixels,
+    }
+    if (form := forms.get(tuple(inputs))) is None:
+        raise StageError(f"torchscript: no module for a model that takes {', '.join(inputs)}; leave that format out")
+    made = form(weights.tensors, weights.packs)
     # Not frozen: in traces of plain weights nothing is left to fold, and inlining them into one method is what torch's reader
     # is slow at (2 s and 1.07 GB for the file of a MiniLM, against 0.3 s and 0.45 GB).
     script: torch.jit.ScriptModule = torch.jit.script(made.eval())

@@ -27,6 +27,8 @@ BATCH = 32
 # The columns of a DataFrame, or keys of a dict, that are a task's text and the text beside it.
 COLUMNS = (("text", "text_pair"), ("question", "context"))
 
+TASKS = ("feature-extraction", "text-classification", "token-classification", "question-answering", "fill-mask")
+
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 Runner = Callable[[Arrays], Arrays]
 
@@ -42,6 +44,10 @@ class Predictor:
         from transformers import AutoTokenizer
 
         self.manifest = json.loads((folder / "manifest.json").read_bytes())
+        if self.manifest["task"] not in TASKS:
+            raise ValueError(
+                f"{self.manifest['task']}: python_function answers texts here ({', '.join(TASKS)}); open an artifact"
+            )
         artifact = choose(self.manifest["artifacts"], config.get("format"), config.get("precision"))
         self.run = OPEN[artifact["format"]](folder, artifact, config.get("threads"))
         self.names = [tensor["name"] for tensor in self.manifest["signature"]["inputs"]]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import json
+import math
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,11 +17,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiler.embedding import with_sentence_embedding
 from compiler.errors import SourceError, StageError
 from compiler.hashing import hash_files
+from compiler.modalities import MODALITIES
 from compiler.numerics import Case, rows
-from compiler.samples import LEFT, cases, read_cases
-from compiler.sources import check_tokenizer, read_config
+from compiler.samples import LEFT, read_cases
+from compiler.sources import read_config
 from compiler.tasks import TASKS
 from compiler.types import Model, Signature, Snapshot, Tensor
 from compiler.workers import LOAD_THREADS
@@ -31,7 +35,13 @@ if TYPE_CHECKING:
 # What a release may do without, as its manifest says it.
 POOLER = "pooler (the checkpoint has no weights for it, and features do not need it)"
 OWN_CODE = "the checkpoint's own Python code (auto_map; transformers' class of the same architecture is used)"
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# What a modality's processor is called.
+PROCESSORS = {
+    "text": "the tokenizer",
+    "image": "the image processor",
+    "audio": "the feature extractor",
+    "image-text": "the tokenizer or the image processor",
+}
 # The logits of a large vocabulary over many tokens would be gigabytes; then fewer rows are kept, spread evenly.
 MAX_REFERENCE_BYTES = 256 << 20
 MIN_ROWS = 16
@@ -47,17 +57,21 @@ def load(
     *,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    sentence_embedding: bool = False,
     aside: Path | None = None,
 ) -> Model:
-    """Load a checkpoint in eager fp32. Temporary files go below `aside`, which somebody sweeps when this process is killed.
+    """Load a checkpoint in eager fp32, with `sentence_embedding` among its outputs if that is wanted. Temporary files go below
+    `aside`, which somebody sweeps when this process is killed.
 
     Raises:
         SourceError: a file is damaged, or changed since it was hashed; the architecture is unknown or has no head for the
-            task; a weight is missing, or has another shape than the config says; there is no tokenizer.
+            task; a weight is missing, or has another shape than the config says; there is no tokenizer, image processor or
+            feature extractor, or not the model's.
     """
     import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
+    modality = MODALITIES[TASKS[task].modality]
     _check_tensors(snapshot)
     _check_config(read_config(snapshot))
     with _only(snapshot, aside) as folder:
@@ -69,9 +83,9 @@ def load(
         automatic = _auto_class(task, config)
         if getattr(config, "is_encoder_decoder", False):
             raise SourceError(f"{snapshot.uri}: {config.model_type} has a decoder; only encoders can be compiled")
-        check_tokenizer(snapshot)
-        with _explained(snapshot, "the tokenizer", trust_remote_code):
-            tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+        modality.check(snapshot, task)
+        with _explained(snapshot, PROCESSORS[TASKS[task].modality], trust_remote_code):
+            processor = modality.processor(folder, extra)
         for name, value in (("output_hidden_states", False), ("output_attentions", False), ("return_dict", True)):
             setattr(config, name, value)
         if hasattr(config, "use_cache"):
@@ -83,32 +97,15 @@ def load(
         if _is_pickle(snapshot) and not allow_pickle:
             raise SourceError(f"{snapshot.uri}: its weights are a pickle; set allow_pickle: true to open it")
         module, left_out = _weights(automatic, folder, snapshot, task, extra)
+        if sentence_embedding:
+            module = with_sentence_embedding(module, snapshot)
 
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
-        raise SourceError(f"{snapshot.uri}: the tokenizer has no token to pad with; set pad_token in tokenizer_config.json")
-    parameters = inspect.signature(module.forward).parameters
-    inputs = tuple(
-        name
-        for name in parameters
-        if name in INPUTS
-        and name in {*tokenizer.model_input_names, "input_ids", "attention_mask"}
-        # A model without token types ignores them: DeBERTa-v2's tokenizer makes them all the same.
-        and not (name == "token_type_ids" and getattr(config, "type_vocab_size", 1) == 0)
-    )
-    if not {"input_ids", "attention_mask"} <= set(inputs):
-        raise SourceError(
-            f"{snapshot.uri}: {type(module).__name__} takes no input_ids with an attention_mask; it is no encoder of text"
-        )
     module.eval().requires_grad_(False)
     return Model(
         module=module,
-        tokenizer=tokenizer,
+        processor=processor,
         task=task,
-        inputs=inputs,
-        example=_example(config, task, inputs),
-        positions=_positions(module),
+        **modality.prepare(module, processor, task, snapshot.uri),
         left_out=left_out if trust_remote_code or not getattr(config, "auto_map", None) else (*left_out, OWN_CODE),
     )
 
@@ -117,15 +114,24 @@ def _auto_class(task: str, config: Any) -> Any:
     """transformers' auto class for the task, by optimum, once it is certain that the architecture has such a head."""
     from optimum.exporters.tasks import TasksManager
 
-    automatic = TasksManager.get_model_class_for_task(task, model_type=config.model_type, library="transformers")
-    if type(config) in automatic._model_mapping or automatic.__name__ in getattr(config, "auto_map", {}):
+    def class_for(name: str) -> Any:
+        return TasksManager.get_model_class_for_task(
+            name, model_type=config.model_type, model_class_name=TASKS[name].auto, library="transformers"
+        )
+
+    def fits(name: str) -> bool:
+        mapping = class_for(name)._model_mapping
+        if type(config) not in mapping:
+            return False
+        # An auto class may have models of any modality.
+        found = mapping[type(config)]
+        found = found[0] if isinstance(found, (list, tuple)) else found
+        return getattr(found, "main_input_name", "") in MODALITIES[TASKS[name].modality].MAIN_INPUTS
+
+    automatic = class_for(task)
+    if fits(task) or automatic.__name__ in getattr(config, "auto_map", {}):
         return automatic
-    fitting = [
-        name
-        for name in TASKS
-        if type(config)
-        in TasksManager.get_model_class_for_task(name, model_type=config.model_type, library="transformers")._model_mapping
-    ]
+    fitting = [name for name in TASKS if fits(name)]
     hint = f"it has {', '.join(fitting)}" if fitting else "none of the tasks here fits it"
     raise SourceError(f"task: {config.model_type} has no head for {task}; {hint}")
 
@@ -269,39 +275,6 @@ def _check_tensors(snapshot: Snapshot) -> None:
             raise SourceError(f"{file.path}: empty; fetch it again")
 
 
-def _positions(module: torch.nn.Module) -> int | None:
-    """The longest sequence that the model has positions for, in tokens.
-
-    RoBERTa and its kin number positions from `padding_idx + 1`, so that many rows of the table stand for none.
-    """
-    import torch
-
-    for name, part in module.named_modules():
-        if name.rpartition(".")[2] == "position_embeddings" and isinstance(part, torch.nn.Embedding):
-            return part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
-    config: Any = module.config
-    positions = getattr(config, "max_position_embeddings", None)
-    return int(positions) if isinstance(positions, int) and positions > 0 else None
-
-
-def _example(config: Any, task: str, inputs: Sequence[str]) -> dict[str, torch.Tensor]:
-    """optimum's dummy inputs, int64 `[2, 16]`, to trace with: never a shape of which an axis is 1 or equals another."""
-    import torch
-    from optimum.utils import DummyTextInputGenerator, NormalizedConfigManager, NormalizedTextConfig
-
-    try:
-        normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-    except KeyError:
-        normalized = NormalizedTextConfig(config)
-    torch.manual_seed(0)
-    length = min(16, int(getattr(config, "max_position_embeddings", 16) or 16) - 4)
-    generator = DummyTextInputGenerator(task, normalized, batch_size=2, sequence_length=length)
-    example = {name: generator.generate(name, framework="pt").to(torch.int64) for name in inputs}
-    example["attention_mask"] = torch.ones_like(example["input_ids"])
-    example["attention_mask"][1, length // 2 :] = 0  # a mask of ones alone would let a trace leave the mask out
-    return example
-
-
 def run_eager(model: Model, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
     """The model's own outputs, fp32, under transformers' names."""
     import torch
@@ -312,21 +285,26 @@ def run_eager(model: Model, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[
 
 
 def signature(model: Model) -> Signature:
-    """Inputs and outputs with their dynamic axes, found by running two shapes that have no size in common."""
-    import numpy as np
+    """Inputs and outputs with their dynamic axes, found by running two shapes that have no dynamic size in common."""
+    modality = MODALITIES[TASKS[model.task].modality]
+    probes = modality.probes(model)
+    found = [run_eager(model, probe) for probe in probes]
+    axes = {
+        (one, other): axis
+        for name in model.inputs
+        for one, other, axis in zip(probes[0][name].shape, probes[1][name].shape, model.axes[name], strict=True)
+        if isinstance(axis, str)
+    }
 
-    found = []
-    for batch, sequence in ((2, 5), (3, 7)):
-        ids = np.full((batch, sequence), model.example["input_ids"][0, 1].item(), dtype=np.int64)
-        inputs = {name: np.zeros_like(ids) for name in model.inputs}
-        inputs |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        found.append(run_eager(model, inputs))
-    axes = {(2, 3): "batch", (5, 7): "sequence"}
+    def axis(number: int, one: int, other: int) -> int | str:
+        return one if one == other else axes.get((one, other)) or modality.DERIVED[number]
+
     outputs = tuple(
-        Tensor(name, "float32", tuple(axes.get((a, b), a) for a, b in zip(value.shape, found[1][name].shape, strict=True)))
+        Tensor(name, "float32", tuple(map(axis, itertools.count(), value.shape, found[1][name].shape)))
         for name, value in found[0].items()
     )
-    return Signature(tuple(Tensor(name, "int64", ("batch", "sequence")) for name in model.inputs), outputs)
+    dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in model.example.items()}
+    return Signature(tuple(Tensor(name, dtypes[name], model.axes[name]) for name in model.inputs), outputs)
 
 
 def _counted(model: Model, case: Case, left: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
@@ -334,9 +312,11 @@ def _counted(model: Model, case: Case, left: Mapping[str, np.ndarray[Any, Any]])
     left: those where the original's answers, `left`, are those to the same text padded on the right."""
     import numpy as np
 
-    lengths = case.mask.sum(axis=1)
+    lengths = case.mask.sum(axis=-1).reshape(-1)
     turned = {
-        name: np.stack([np.roll(row, int(length)) for row, length in zip(value, lengths, strict=True)])
+        name: np.stack(
+            [np.roll(row, int(length)) for row, length in zip(value.reshape(-1, value.shape[-1]), lengths, strict=True)]
+        ).reshape(value.shape)
         for name, value in case.inputs.items()
     }
     right = run_eager(model, turned)
@@ -352,15 +332,15 @@ def reference(
     out: Path,
     snapshot: Snapshot,
     task: str,
-    texts: Sequence[tuple[str, ...]],
+    lines: Sequence[tuple[str, ...]],
     batches: Sequence[int],
     sequences: Sequence[int] | None,
     options: Mapping[str, bool],
 ) -> dict[str, Any]:
     """Write the samples and the untouched fp32 model's outputs on them, before anything is fused or converted.
 
-    Files: `samples.safetensors`, with `<case>.<input>` int64 `[batch, sequence]` and, where not all rows count,
-    `<case>.counts.<output>` uint8 `[batch]`; `reference.safetensors`, with
+    Files: `samples.safetensors`, with `<case>.<input>` as the model takes it and, where not all rows count,
+    `<case>.counts.<output>` uint8 `[batch]` and `<case>.real.<axis>` uint8 `[batch, axis]`; `reference.safetensors`, with
     `<case>.<output>` float32 `[rows, width]`, the real rows (see `compiler.numerics.rows`).
 
     Raises:
@@ -372,34 +352,50 @@ def reference(
 
     _set_threads()
     model = load(snapshot, task, aside=out, **options)
-    found = cases(model, texts, batches, sequences)
+    made = MODALITIES[TASKS[task].modality].samples(model, lines, batches, sequences)
+    found = made.cases
     described = signature(model)
     keep = {}
     for tensor in described.outputs:
-        width = tensor.shape[-1] if isinstance(tensor.shape[-1], int) else 1
+        row = tensor.shape[2:] if len(tensor.shape) == 3 else tensor.shape[1:]
+        width = math.prod(size for size in row if isinstance(size, int))
         keep[tensor.name] = max(MIN_ROWS, MAX_REFERENCE_BYTES // (4 * width * len(found)))
+    given = {axis for tensor in described.inputs for axis in tensor.shape}
+    derived = [tensor.name for tensor in described.outputs if any(isinstance(axis, str) for axis in {*tensor.shape} - given)]
     counted: list[Case] = []
 
     def answered() -> Iterator[tuple[Case, Mapping[str, np.ndarray[Any, Any]]]]:
         for case in found:  # one at a time: the logits of a large vocabulary fill the memory
             answers = run_eager(model, case.inputs)
-            counted.append(replace(case, counts=_counted(model, case, answers)) if case.name == LEFT else case)
+            counts = _counted(model, case, answers) if case.name == LEFT else case.counts
+            counted.append(replace(case, counts=counts, shapes={name: answers[name].shape for name in derived}))
             yield counted[-1], answers
 
     _write_reference(out, answered(), described.outputs, keep)
     samples = {f"{number:03d}.{name}": value for number, case in enumerate(counted) for name, value in case.inputs.items()}
     for number, case in enumerate(counted):
-        samples |= {f"{number:03d}.counts.{name}": value.astype(np.uint8) for name, value in case.counts.items()}
+        for kind, values in (("counts", case.counts), ("real", case.real)):
+            samples |= {f"{number:03d}.{kind}.{name}": value.astype(np.uint8) for name, value in values.items()}
     save_file(samples, str(out / SAMPLES))
     return {
         "architecture": type(model.module).__name__,
-        "cases": [{"name": case.name, "shape": list(case.mask.shape), "real_tokens": int(case.mask.sum())} for case in found],
+        "cases": [_described(case) for case in counted],
         "keep": keep,
         "left_out": list(model.left_out),
+        "note": made.note,
         "positions": model.positions,
         "signature": asdict(described),
         "support": _own_support(model, snapshot, out),
     }
+
+
+def _described(case: Case) -> dict[str, Any]:
+    described: dict[str, Any] = {"name": case.name, "shape": list(case.shape)}
+    if "input_ids" in case.inputs:
+        described["real_tokens"] = int(case.mask.sum())
+    if case.shapes:
+        described["shapes"] = {name: list(shape) for name, shape in case.shapes.items()}
+    return described
 
 
 def reference_again(
@@ -430,7 +426,7 @@ def _write_reference(
             if not np.isfinite(values).all():
                 raise StageError(
                     f"the original itself gives {tensor.name} that is not finite on sample {case.name!r} "
-                    f"{case.mask.shape}; the checkpoint is damaged"
+                    f"{case.shape}; the checkpoint is damaged"
                 )
             expected[f"{number:03d}.{tensor.name}"] = values
     save_file(expected, str(out / REFERENCE))

@@ -28,7 +28,8 @@ def validate(root: Path, artifact: Artifact, samples: Path, reference: Path, kno
     from safetensors.numpy import load_file
 
     expected = load_file(reference)
-    tensors = Signature.from_json(known["signature"]).outputs
+    signature = Signature.from_json(known["signature"])
+    tensors = signature.outputs
     where = f"validate {artifact.format} {artifact.precision}"
     try:
         runner = BACKENDS[artifact.format].open(root, artifact, THREADS)
@@ -37,7 +38,7 @@ def validate(root: Path, artifact: Artifact, samples: Path, reference: Path, kno
 
     pairs: dict[str, list[Pair]] = {tensor.name: [] for tensor in tensors}
     for number, case in enumerate(read_cases(samples, known)):
-        shape = "x".join(map(str, case.mask.shape))
+        shape = "x".join(map(str, case.shape))
         try:
             outputs = runner(case.inputs)
         except Exception as error:
@@ -45,7 +46,7 @@ def validate(root: Path, artifact: Artifact, samples: Path, reference: Path, kno
         for tensor in tensors:
             if tensor.name not in outputs:
                 raise NumericsError(f"{where}: it has no output {tensor.name}; it has {', '.join(outputs)}")
-            wanted = _shape(tensor, case)
+            wanted = _shape(tensor, case, signature)
             if outputs[tensor.name].shape != wanted:
                 raise NumericsError(
                     f"{where}: output {tensor.name} of sample {case.name!r} ({shape}) is "
@@ -57,8 +58,15 @@ def validate(root: Path, artifact: Artifact, samples: Path, reference: Path, kno
     return {tensor.name: compare(pairs[tensor.name], tensor, logits="logits" in tensor.name) for tensor in tensors}
 
 
-def _shape(tensor: Tensor, case: Case) -> tuple[int, ...]:
-    sizes = dict(zip(("batch", "sequence"), case.mask.shape, strict=True))
+def _shape(tensor: Tensor, case: Case, signature: Signature) -> tuple[int, ...]:
+    if tensor.name in case.shapes:
+        return case.shapes[tensor.name]
+    sizes = {
+        axis: size
+        for given in signature.inputs
+        for axis, size in zip(given.shape, case.inputs[given.name].shape, strict=True)
+        if isinstance(axis, str)
+    }
     return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
 
 

@@ -128,3 +128,27 @@ def test_file_is_half(exported: tuple[Path, Path]) -> None:
         for path in (exported[0] / "openvino/openvino_model.xml", exported[1] / "openvino/openvino_model_bf16.xml")
     ]
     assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("divisor", [2, 5, 7, 320])
+@pytest.mark.parametrize("reciprocal", [False, True])
+def test_whole_numbers_are_divided_as_such(divisor: int, reciprocal: bool) -> None:
+    """Rounded down, as before, and also in bf16, whose eight bits hold no length of a sound."""
+    x = ops.parameter([-1], np.int64, "x")
+    real = ops.convert(x, "f32")
+    by = np.array([1 / divisor if reciprocal else divisor], dtype=np.float32)
+    quotient = ops.multiply(real, by) if reciprocal else ops.divide(real, by)
+    model = openvino.Model([ops.result(ops.convert(ops.floor(quotient), "i64"))], [x])
+    assert backend._divide_in_integers(model) == 1
+    values = np.array([0, 1, divisor - 1, divisor, 8000, 8001, 123_457, -1, -divisor, -divisor - 1], dtype=np.int64)
+    for hint in ("f32", "bf16"):
+        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        assert compiled(values)[0].tolist() == (values // divisor).tolist()
+
+
+@pytest.mark.parametrize("by", [[2.5], [-2.0], [2.0, 4.0], [0.0]])
+def test_other_divisions_stay(by: list[float]) -> None:
+    x = ops.parameter([2], np.int64, "x")
+    quotient = ops.divide(ops.convert(x, "f32"), np.array(by, dtype=np.float32))
+    model = openvino.Model([ops.result(ops.convert(ops.floor(quotient), "i64"))], [x])
+    assert backend._divide_in_integers(model) == 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,13 @@ import pytest
 import torch
 
 from compiler.backends import torchscript
+from compiler.errors import StageError
+from compiler.fusions.linear import Weights
+from compiler.fusions.script import assemble
 from compiler.stages.load import run_eager
 from compiler.types import Model, Target
-from tests.backends.conftest import export
+from tests.backends.conftest import export, load_checkpoint
+from tests.zoo import ZOO, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +78,47 @@ def test_archive_is_canonical(folder: Path) -> None:
             offset = entry.header_offset + 30 + len(entry.filename) + len(entry.extra)
             assert offset % torchscript.ALIGNMENT == 0, entry.filename
             assert b"site-packages" not in archive.read(entry)
+
+
+class TestOtherInputs:
+    """Modules of sound and of images beside texts; what is left out of a call is what the original takes it for."""
+
+    @pytest.fixture(scope="class")
+    def opened(self, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Model, Any]]:
+        def make(name: str) -> tuple[Model, Any]:
+            folder = tmp_path_factory.mktemp(name)
+            model = load_checkpoint(save_checkpoint(folder / "checkpoint", name), ZOO[name].tasks[0])
+            export(torchscript, folder, model, Target("torchscript", "fp32"))
+            return model, torch.jit.load(folder / "torchscript/model.pt")
+
+        return make
+
+    @pytest.mark.parametrize(("name", "word"), [("wav2vec2-lv60", "samples"), ("clip", "texts")])
+    def test_a_mask_may_be_left_out(self, opened: Callable[[str], tuple[Model, Any]], name: str, word: str) -> None:
+        model, script = opened(name)
+        inputs = {key: value for key, value in model.example.items() if key != "attention_mask"}
+        ones = torch.ones_like(model.example["attention_mask"])
+        with torch.inference_mode():
+            expected = model.module(**inputs, attention_mask=ones)
+            for made in (script(**inputs), script(**inputs, attention_mask=ones)):
+                for key, value in made.items():
+                    torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=1e-4)
+            with pytest.raises(Exception, match=rf"attention_mask: must be \[.*{word}"):
+                script(**inputs, attention_mask=ones[:, :-1])
+
+    def test_a_model_without_linear_layers(self, tmp_path: Path) -> None:
+        """torch traces no empty list of packed weights."""
+        checkpoint = save_checkpoint(tmp_path / "checkpoint", "resnet", "image-feature-extraction")
+        model = load_checkpoint(checkpoint, "image-feature-extraction")
+        export(torchscript, tmp_path, model, Target("torchscript", "fp32"))
+        pixels = torch.rand(1, 3, 40, 33)
+        made = torch.jit.load(tmp_path / "torchscript/model.pt")(pixels)
+        with torch.inference_mode():
+            torch.testing.assert_close(made["pooler_output"], model.module(pixels).pooler_output, atol=1e-4, rtol=1e-4)
+
+    def test_inputs_that_no_module_takes(self, model: Model) -> None:
+        odd = replace(model, axes={"input_features": ("batch", 80, "frames")})
+        weights = Weights([torch.zeros(1, 1)], [0])
+        with pytest.raises(StageError, match="input_features") as caught:
+            assemble(odd.inputs, None, None, weights)
+        assert len(str(caught.value).splitlines()) == 1

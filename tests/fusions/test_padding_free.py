@@ -15,7 +15,7 @@ from compiler.fusions import Declined
 from compiler.fusions.padding_free import CHANGES, GROUPS, Packed, PaddingFree, rewrite
 from compiler.types import Artifact, File, Model, Runner, Target
 from tests.backends.conftest import export, load_checkpoint
-from tests.zoo import ZOO, save_checkpoint
+from tests.zoo import ENCODERS, ZOO, save_checkpoint
 
 # Those whose attention is their own code, outside of transformers' attention interface.
 DECLINED = {"mpnet", "deberta-v2"}
@@ -39,7 +39,7 @@ def masks() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.fixture(scope="module", params=sorted(set(ZOO) - DECLINED))
+@pytest.fixture(scope="module", params=sorted(set(ENCODERS) - DECLINED))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load_checkpoint(save_checkpoint(tmp_path_factory.mktemp(request.param), request.param))
 
@@ -183,7 +183,7 @@ def test_texts_of_nothing_but_padding_answer_as_such_a_row_does(format: str, tmp
     assert abs(alone - beside[:1]).max() < 1e-6
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", sorted(ENCODERS))
 def test_every_architecture_is_packed_or_says_why(name: str, tmp_path: Path) -> None:
     model = load_checkpoint(save_checkpoint(tmp_path / name, name))
     found = rewrite(model.module, model.example)

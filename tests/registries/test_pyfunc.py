@@ -153,3 +153,10 @@ def test_choose() -> None:
     assert pyfunc_loader.choose(artifacts, "onnx", "int8")["precision"] == "int8"
     with pytest.raises(ValueError, match="the release has onnx int8, onnx fp32"):
         pyfunc_loader.choose(artifacts, "openvino", None)
+
+
+def test_a_release_of_another_modality_is_refused(release: Path, tmp_path: Path) -> None:
+    manifest = json.loads((release / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "task": "image-classification"}))
+    with pytest.raises(ValueError, match="image-classification: python_function answers texts here"):
+        pyfunc_loader._load_pyfunc(str(tmp_path))

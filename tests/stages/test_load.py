@@ -37,7 +37,7 @@ from compiler.stages.load import (
     signature,
 )
 from compiler.types import Model, Snapshot
-from tests.zoo import ZOO, save_checkpoint, save_tokenizer
+from tests.zoo import ENCODERS, ZOO, save_checkpoint, save_tokenizer
 
 FEATURES, CLASSES, MASKS = "feature-extraction", "text-classification", "fill-mask"
 HEADS = (CLASSES, MASKS, "token-classification", "question-answering")
@@ -132,13 +132,13 @@ def small_reference(
 
 class TestMissingWeights:
     @pytest.mark.parametrize("task", HEADS)
-    @pytest.mark.parametrize("name", ZOO)
+    @pytest.mark.parametrize("name", ENCODERS)
     def test_a_head_that_the_checkpoint_lacks(self, saved: Callable[..., Path], name: str, task: str) -> None:
         message = refused(saved(name), "missing from the checkpoint", task, task=task)
         heads = ("classifier", "qa_outputs", "cls.", "lm_head", "predictions", "vocab", "head", "decoder")
         assert any(word in message for word in heads), message
 
-    @pytest.mark.parametrize("name", ZOO)
+    @pytest.mark.parametrize("name", ENCODERS)
     def test_one_weight_of_an_inner_layer(self, saved: Callable[..., Path], tmp_path: Path, name: str) -> None:
         folder = Path(shutil.copytree(saved(name), tmp_path / "copy"))
         lost = next(key for key in sorted(load_file(folder / WEIGHTS)) if "layer" in key and "norm" not in key.lower())
@@ -193,7 +193,7 @@ class TestMissingWeights:
 
 
 class TestPooler:
-    @pytest.mark.parametrize("name", ZOO)
+    @pytest.mark.parametrize("name", ENCODERS)
     def test_features_of_a_masked_language_model_go_without(self, saved: Callable[..., Path], name: str) -> None:
         model = loaded(saved(name, MASKS))
         assert model.left_out == ((POOLER,) if name in WITH_POOLER else ())
@@ -224,7 +224,7 @@ class TestPooler:
 
 
 @pytest.mark.parametrize("task", [FEATURES, *HEADS])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_every_weight_is_the_checkpoints(saved: Callable[..., Path], name: str, task: str) -> None:
     """Nothing is drawn at random, and nothing depends on the random state."""
     torch.manual_seed(1)
@@ -496,7 +496,7 @@ class TestReference:
             small_reference(tmp_path / "out", checkpoint)
         one_line(caught.value, "not finite", "last_hidden_state", "damaged")
 
-    @pytest.mark.parametrize("name", sorted(set(ZOO) - {"deberta-v2"}))
+    @pytest.mark.parametrize("name", sorted(set(ENCODERS) - {"deberta-v2"}))
     def test_positions(self, saved: Callable[..., Path], tmp_path: Path, name: str) -> None:
         """64 of them, whatever a table's first rows are kept for; the 65th token is refused, the 64th is not."""
         assert loaded(saved(name)).positions == 64
