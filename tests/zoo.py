@@ -137,7 +137,7 @@ ZOO = {
             },
             token_types=False,
         ),
-        Architecture("vit", {**SMALL, "image_size": 32, "patch_size": 8}, {}, tasks=IMAGES, slow=(), processor=SQUARE),
+        Architecture("vit", {**SMALL, "image_size": 32, "patch_size": 8}, {}, tasks=IMAGES, slow=IMAGES[1:], processor=SQUARE),
         Architecture(
             "convnext",
             {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 2, 1], "initializer_range": 0.2},
@@ -194,11 +194,11 @@ ZOO = {
             {**SPEECH, "feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
             {},
             tasks=SOUNDS,
-            slow=(),
+            slow=SOUNDS[1:],
             processor=MASKED_SOUND,
             model="wav2vec2",
         ),
-        Architecture("hubert", SPEECH, {}, tasks=SOUNDS, slow=SOUNDS[1:], processor=SOUND),
+        Architecture("hubert", SPEECH, {}, tasks=SOUNDS, slow=SOUNDS[:1], processor=SOUND),
     )
 }
 # Those of text.
