@@ -260,7 +260,9 @@ def test_the_command_and_its_gate(releases: Path, tmp_path: Path) -> None:
     onnx.save(graph, mine / "onnx/model.onnx")
     manifest, _ = read_release(mine)
     file = hash_file(mine, "onnx/model.onnx")
-    changed = tuple(replace(one, files=(file,)) if one.format == "onnx" else one for one in manifest.artifacts)
+    changed = tuple(
+        replace(one, files=tuple(file if old.path == file.path else old for old in one.files)) for one in manifest.artifacts
+    )
     seal(mine, replace(manifest, artifacts=changed, read=None))
     failed = run_command(tmp_path, tmp_path, *command, "--format", "onnx", "--max-drop", "0.01")
     line = error_line(failed)

@@ -58,7 +58,8 @@ class Architecture:
     tokens: dict[str, str] = field(default_factory=lambda: BERT_TOKENS)
     token_types: bool = True
     tasks: tuple[str, ...] = ALL
-    slow: tuple[str, ...] = ("multiple-choice",)
+    # Heads differ little from one encoder to the next: all of them are run on BERT and ModernBERT.
+    slow: tuple[str, ...] = ("token-classification", "question-answering", "fill-mask", "multiple-choice")
     processor: dict[str, Any] = field(default_factory=dict)
     model: str = ""
 
@@ -136,6 +137,7 @@ ZOO = {
                 "initializer_cutoff_factor": 2.0,
             },
             token_types=False,
+            slow=("multiple-choice",),
         ),
         Architecture("vit", {**SMALL, "image_size": 32, "patch_size": 8}, {}, tasks=IMAGES, slow=IMAGES[1:], processor=SQUARE),
         Architecture(
