@@ -27,7 +27,7 @@ from compiler.backends import BACKENDS
 from compiler.errors import CompileError, ConfigError, StageError
 from compiler.manifest import SAMPLES, Manifest
 from compiler.samples import TEXT, read_cases
-from compiler.types import Artifact, Runner, Snapshot
+from compiler.types import Artifact, Model, Runner, Snapshot
 from compiler.verify import find_original, known_samples, open_release
 
 if TYPE_CHECKING:
@@ -249,8 +249,8 @@ def _serve(
 ) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say is nobody's answer
     os.environ.update({"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
-    try:
-        runner = _runner(subject, release, manifest, snapshot, options, threads)
+    with errors_sent(pipe):
+        runner, _ = open_subject(subject.artifact, release, manifest, snapshot, options, threads)
         pipe.send(("ready", None))
         while True:
             inputs = pipe.recv()
@@ -260,7 +260,15 @@ def _serve(
                 pipe.send(("result", peak * (1 if sys.platform == "darwin" else 1024) / 1e6))
                 continue
             pipe.send(("result", _time(runner, inputs)))
-    except (EOFError, KeyboardInterrupt):
+
+
+@contextlib.contextmanager
+def errors_sent(pipe: Connection) -> Iterator[None]:
+    """Send what is raised to who asked, as `("error", …)`: an error of ours as it is, another as a line. Who asked may have
+    gone: then nothing is said."""
+    try:
+        yield
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except CompileError as error:
         pipe.send(("error", error))
@@ -269,24 +277,24 @@ def _serve(
         pipe.send(("error", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
 
 
-def _runner(
-    subject: Subject, release: Path, manifest: Manifest, snapshot: Snapshot, options: dict[str, bool], threads: int
-) -> Runner:
-    if subject.artifact is not None:
-        return BACKENDS[subject.artifact.format].open(release, subject.artifact, threads)
+def open_subject(
+    artifact: Artifact | None,
+    release: Path,
+    manifest: Manifest,
+    snapshot: Snapshot,
+    options: Mapping[str, bool],
+    threads: int,
+) -> tuple[Runner, Model | None]:
+    """An artifact opened in its runtime; or, for None, the eager original, with the model."""
+    if artifact is not None:
+        return BACKENDS[artifact.format].open(release, artifact, threads), None
     import torch
 
     from compiler.stages.load import load, run_eager
 
     torch.set_num_threads(threads)
-    model = load(
-        snapshot,
-        manifest.task,
-        trust_remote_code=options["trust_remote_code"],
-        allow_pickle=options["allow_pickle"],
-        sentence_embedding=bool(manifest.entry.get("sentence_embedding")),
-    )
-    return lambda inputs: run_eager(model, inputs)
+    model = load(snapshot, manifest.task, aside=None, **manifest.loading(options))
+    return lambda inputs: run_eager(model, inputs), model
 
 
 def _time(runner: Runner, inputs: Mapping[str, np.ndarray[Any, Any]]) -> list[float]:

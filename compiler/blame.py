@@ -286,7 +286,6 @@ def blame_release(
     model = f"{manifest.name} {manifest.release}"
     snapshot = find_original(path, manifest, source, options, folder)
     known = known_samples(path, manifest, validation)
-    loading = {**options, "sentence_embedding": bool(manifest.entry.get("sentence_embedding"))}
     found = []
     with writing(store.root, "the cache"), scratch(store.root) as aside:
         log = store.root / "verify.log"
@@ -295,7 +294,7 @@ def blame_release(
             step = f"blame {artifact.format} {artifact.precision}"
             started = time.monotonic()
             tell(Event(model, step, "start"))
-            arguments = (path, artifact, snapshot, manifest.task, path / SAMPLES, known, loading)
+            arguments = (path, artifact, snapshot, manifest.task, path / SAMPLES, known, manifest.loading(options))
             found.append(workers.run(blame, aside, *arguments, log=log))
             tell(Event(model, step, "run", time.monotonic() - started))
     return tuple(found)

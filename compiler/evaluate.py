@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import os
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -18,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from compiler import metrics
-from compiler.backends import BACKENDS
-from compiler.bench import EAGER, WARM_UP
+from compiler.bench import EAGER, WARM_UP, errors_sent, open_subject
 from compiler.errors import CompileError, InputError, StageError
 from compiler.labelled import Data, read
 from compiler.manifest import Manifest
 from compiler.pipelines import question_answering, sentence_similarity, text_classification, words
 from compiler.pipelines.base import Kind, Pipeline
-from compiler.runtime import CompiledModel, Config
-from compiler.types import Artifact, Runner, Snapshot
+from compiler.runtime import CompiledModel, Config, config_of
+from compiler.types import Artifact, Snapshot
 from compiler.verify import find_original
 
 # What answers a task's data, and with which options. Answers of SQuAD are as long as in its published baselines.
@@ -81,8 +79,7 @@ def evaluate(
         SourceError: the checkpoint is not there, or is another.
         StageError: a subject does not run, or the release's tokenizer is not the original's.
     """
-    logits = next((tensor.shape[-1] for tensor in manifest.signature.outputs if tensor.name == "logits"), None)
-    config = Config(release, logits if isinstance(logits, int) else None)
+    config = config_of(release, manifest)
     labelled = read(data, manifest.task, config)
     score = judge(manifest.task, config, labelled, data)
     given = {**KINDS[manifest.task][1]}
@@ -197,48 +194,24 @@ def _serve(pipe: Connection, job: _Job) -> None:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("compiler").addHandler(handler)
-    try:
+    with errors_sent(pipe):
         asked = _prepare(job)
         for _ in range(WARM_UP):  # what is done once is not timed: TorchScript optimizes in its first runs
             list(asked.stream(job.items[:2], asked.options))
         began = time.perf_counter()
         answers = list(asked.stream(job.items, asked.options, lambda count: pipe.send(("done", count))))
         pipe.send(("result", (answers, time.perf_counter() - began, warnings)))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
-    except CompileError as error:
-        pipe.send(("error", error))
-    except Exception as error:
-        traceback.print_exc()
-        pipe.send(("error", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
 
 
 def _prepare(job: _Job) -> Pipeline:
     """The task's pipeline over a subject."""
-    run: Runner
-    transformers_tokenizer = None
-    if job.artifact is not None:
-        run = BACKENDS[job.artifact.format].open(job.release, job.artifact, job.threads)
-    else:
-        import torch
-
-        from compiler.stages.load import load, run_eager
-
-        torch.set_num_threads(job.threads)
-        model = load(
-            job.snapshot,
-            job.manifest.task,
-            trust_remote_code=job.options["trust_remote_code"],
-            allow_pickle=job.options["allow_pickle"],
-        )
-        transformers_tokenizer = model.tokenizer
-        run = lambda inputs: run_eager(model, inputs)  # noqa: E731
+    run, original = open_subject(job.artifact, job.release, job.manifest, job.snapshot, job.options, job.threads)
     opened = CompiledModel(job.release, job.manifest, run, job.artifact, "evaluated")
     kind = KINDS[job.manifest.task][0]
     pipe = Pipeline(job.manifest.task, kind, opened, None, {**kind.OPTIONS, **job.given}, job.batch_tokens)
     pipe.prepared = kind.prepare(opened, pipe.options)
-    if transformers_tokenizer is not None:
-        _check_tokens(pipe, transformers_tokenizer, job.items[:COMPARED])
+    if original is not None:
+        _check_tokens(pipe, original.tokenizer, job.items[:COMPARED])
     return pipe
 
 

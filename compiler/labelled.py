@@ -42,20 +42,26 @@ def read(path: Path, task: str, config: Config) -> Data:
     return Data([item for item, _ in found], [expected for _, expected in found])
 
 
-def objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The JSON objects of a file, one a line or one in all, each with where it is."""
+def read_text(path: Path) -> str:
+    """The content of a file of inputs. Raises ConfigError when it cannot be read, is not UTF-8, or holds nothing."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    if not text.strip():
+        raise ConfigError(f"{path}: empty; give at least one line")
+    return text
+
+
+def objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a file, one a line or one in all, each with where it is."""
+    text = read_text(path)
     if path.suffix == ".json":
         rows = [(str(path), text)]
     else:
         rows = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not any(row.strip() for _, row in rows):
-        raise ConfigError(f"{path}: empty; give at least one line")
     found = []
     for where, row in rows:
         try:

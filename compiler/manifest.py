@@ -82,6 +82,10 @@ class Manifest:
     def every_file(self) -> tuple[File, ...]:
         return tuple(sorted((*self.files, *(file for artifact in self.artifacts for file in artifact.files))))
 
+    def loading(self, options: Mapping[str, bool]) -> dict[str, bool]:
+        """What `compiler.stages.load.load` takes for the original: who asks gives its permissions, the release the rest."""
+        return {**options, "sentence_embedding": bool(self.entry.get("sentence_embedding"))}
+
     @property
     def identity(self) -> str:
         """The digest (sha256, hex) of all that a release is, each file's hash included; a recorded benchmark is not in it."""

@@ -93,18 +93,11 @@ def choose(
     Raises:
         InputError: there is none.
     """
-    has = ", ".join(f"{artifact.format} {artifact.precision}" for artifact in manifest.artifacts)
     where = f"{manifest.name} {manifest.release}"
-    asked = [
-        artifact
-        for artifact in manifest.artifacts
-        if format in (None, artifact.format) and precision in (None, artifact.precision)
-    ]
-    if not asked:
-        raise InputError(f"{where}: no {' '.join(filter(None, (format, precision)))} artifact; the release has {has}")
+    asked = asked_for(manifest, where, format, precision)
     passed = {(report.format, report.precision) for report in reports if report.passed}
     if not (sound := [artifact for artifact in asked if (artifact.format, artifact.precision) in passed]):
-        raise InputError(f"{where}: what was asked for did not pass its checks; the release has {has}")
+        raise InputError(f"{where}: what was asked for did not pass its checks; the release has {_every(manifest)}")
     if not (found := [artifact for artifact in sound if importlib.util.find_spec(RUNTIMES[artifact.format])]):
         needed = ", ".join(dict.fromkeys(RUNTIMES[artifact.format] for artifact in sound))
         raise InputError(f"{where}: needs {needed}, which is not installed: pip install {needed}")
@@ -122,6 +115,24 @@ def choose(
     if speed:
         return best, f"the fastest for this CPU by the recorded benchmark, {speed:.2f} times the original's speed"
     return best, "no benchmark of this kind of machine is recorded: the first of the closest"
+
+
+def asked_for(manifest: Manifest, where: str, format: str | None, precision: str | None) -> list[Artifact]:
+    """The artifacts of a format and a precision; of every one where it is None. Raises InputError, which names `where`, when
+    there is none."""
+    found = [
+        artifact
+        for artifact in manifest.artifacts
+        if format in (None, artifact.format) and precision in (None, artifact.precision)
+    ]
+    if not found:
+        asked = " ".join(filter(None, (format, precision)))
+        raise InputError(f"{where}: no {asked} artifact; the release has {_every(manifest)}")
+    return found
+
+
+def _every(manifest: Manifest) -> str:
+    return ", ".join(f"{artifact.format} {artifact.precision}" for artifact in manifest.artifacts)
 
 
 def measured(manifest: Manifest) -> dict[tuple[str, str], float]:
@@ -216,6 +227,13 @@ class Config:
         return dict(self._values)
 
 
+def config_of(folder: Path, manifest: Manifest) -> Config:
+    """The config of a release, which has as many labels as its logits, where it classifies, if its file does not name them."""
+    logits = next((tensor for tensor in manifest.signature.outputs if tensor.name == "logits"), None)
+    classes = logits.shape[-1] if logits and manifest.task.endswith("-classification") else None
+    return Config(folder, classes if isinstance(classes, int) else None)
+
+
 class CompiledModel:
     """An opened artifact. Calls from several threads wait for each other.
 
@@ -228,9 +246,7 @@ class CompiledModel:
         self.artifact = artifact
         self.reason = reason
         self.main_input_name = manifest.signature.inputs[0].name
-        logits = next((tensor for tensor in manifest.signature.outputs if tensor.name == "logits"), None)
-        classes = logits.shape[-1] if logits and manifest.task.endswith("-classification") else None
-        self.config = Config(folder, classes if isinstance(classes, int) else None)
+        self.config = config_of(folder, manifest)
         self._run = run
         self._lock = threading.Lock()
 

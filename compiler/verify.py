@@ -316,8 +316,7 @@ def verify_numerics(
             reference = cached.root / REFERENCE
         else:
             snapshot = find_original(path, manifest, source, options, folder)
-            loading = {**options, "sentence_embedding": bool(manifest.entry.get("sentence_embedding"))}
-            arguments = (aside, snapshot, manifest.task, path / SAMPLES, known, loading)
+            arguments = (aside, snapshot, manifest.task, path / SAMPLES, known, manifest.loading(options))
             timed("load", lambda: workers.run(reference_again, *arguments, log=log))
             reference = aside / REFERENCE
         reports = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,6 +61,15 @@ def command(tmp_path: Path, shared_cache: Path) -> Command:
         return run_command(tmp_path, cache, *arguments, **options)
 
     return run
+
+
+def build_folder(folder: Path, checkpoint: Path, **changes: Any) -> Path:
+    """Put a copy of a checkpoint, a pipeline with `changes`, a cache and the release that is built of them into a folder."""
+    shutil.copytree(checkpoint, folder / "checkpoint")
+    pipeline = write_pipeline(folder, "path:checkpoint", **changes)
+    result = run_command(folder, folder / "cache", pipeline)
+    assert result.returncode == 0, result.stderr
+    return folder
 
 
 def write_pipeline(folder: Path, source: Path | str, /, **changes: Any) -> Path:

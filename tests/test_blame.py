@@ -29,7 +29,7 @@ from compiler.spine import plan_model
 from compiler.stages.load import SAMPLES, load
 from compiler.store import Store
 from compiler.types import Artifact, Target
-from tests.conftest import Command, error_line, run_command, seal, write_pipeline
+from tests.conftest import Command, build_folder, error_line, seal
 from tests.test_contract import PRECISIONS, Prepared
 
 # Sizes of which none is another, nor a multiple of it.
@@ -249,12 +249,7 @@ def test_which_sample() -> None:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
     """A folder with a checkpoint, a pipeline, a cache and a release. Read only: `release` copies it."""
-    folder = tmp_path_factory.mktemp("built")
-    shutil.copytree(bert, folder / "checkpoint")
-    pipeline = write_pipeline(folder, "path:checkpoint", targets={"openvino": ["fp32"]})
-    result = run_command(folder, folder / "cache", pipeline)
-    assert result.returncode == 0, result.stderr
-    return folder
+    return build_folder(tmp_path_factory.mktemp("built"), bert, targets={"openvino": ["fp32"]})
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from compiler.manifest import MANIFEST, Made, Manifest, from_bytes
 from compiler.provenance import PROVENANCE
 from compiler.rebuild import _lasting, rebuild
 from compiler.types import Signature
-from tests.conftest import Command, error_line, run_command, seal, write_pipeline
+from tests.conftest import Command, build_folder, error_line, seal, write_pipeline
 from tests.hub import Hub
 from tests.zoo import save_checkpoint
 
@@ -190,12 +190,8 @@ def flip(path: Path) -> None:
 def built(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
     """A folder with a checkpoint, a text, a pipeline and a release. Read only: `release` copies it."""
     folder = tmp_path_factory.mktemp("built")
-    shutil.copytree(bert, folder / "checkpoint")
     (folder / "text.jsonl").write_text(TEXT)
-    pipeline = write_pipeline(folder, "path:checkpoint", data={"validation": {"path": "text.jsonl"}})
-    result = run_command(folder, folder / "cache", pipeline)
-    assert result.returncode == 0, result.stderr
-    return folder
+    return build_folder(folder, bert, data={"validation": {"path": "text.jsonl"}})
 
 
 @pytest.fixture

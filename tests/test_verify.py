@@ -18,7 +18,7 @@ from compiler.hashing import canonical, digest, hash_file
 from compiler.manifest import MANIFEST, SAMPLES, VALIDATION, from_bytes
 from compiler.samples import read_cases
 from compiler.verify import known_samples, limits_of, open_release
-from tests.conftest import Command, error_line, seal, write_pipeline
+from tests.conftest import Command, build_folder, error_line, seal, write_pipeline
 from tests.zoo import save_checkpoint
 
 TARGETS = {"torchscript": ["fp32"], "onnx": ["fp32"], "openvino": ["fp32", "bf16"]}
@@ -27,14 +27,7 @@ TARGETS = {"torchscript": ["fp32"], "onnx": ["fp32"], "openvino": ["fp32", "bf16
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
     """A folder with a checkpoint, a pipeline, a cache and a release. Read only: `release` copies it."""
-    from tests.conftest import run_command
-
-    folder = tmp_path_factory.mktemp("built")
-    shutil.copytree(bert, folder / "checkpoint")
-    pipeline = write_pipeline(folder, "path:checkpoint", targets=TARGETS)
-    result = run_command(folder, folder / "cache", pipeline)
-    assert result.returncode == 0, result.stderr
-    return folder
+    return build_folder(tmp_path_factory.mktemp("built"), bert, targets=TARGETS)
 
 
 @pytest.fixture

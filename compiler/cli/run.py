@@ -154,7 +154,7 @@ def _options(pipe: Pipeline, top_k: int | None, no_answer: bool) -> dict[str, An
 
 def _read(path: Path, pipe: Pipeline) -> list[Any]:
     """The inputs of a file. Raises ConfigError when it, or a line of it, is none."""
-    from compiler.labelled import objects
+    from compiler.labelled import objects, read_text
     from compiler.tasks import TASKS, parse_line
 
     if path.suffix == ".jsonl":
@@ -166,15 +166,7 @@ def _read(path: Path, pipe: Pipeline) -> list[Any]:
         return [values[0] if len(names) == 1 else dict(zip(names, values, strict=False)) for _, values in found]
     if path.suffix != ".txt" or pipe.task in ("question-answering", "sentence-similarity"):
         raise ConfigError(f"{path}: inputs are JSON lines (.jsonl) or, where an input is one text, a text a line (.txt)")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    if not text.strip():
-        raise ConfigError(f"{path}: empty; give at least one line")
-    return text.removesuffix("\n").split("\n")
+    return read_text(path).removesuffix("\n").split("\n")
 
 
 def plain(value: Any) -> Any:
@@ -264,19 +256,13 @@ def evaluate(
     from compiler.evaluate import evaluate as judge
     from compiler.evaluate import worse
     from compiler.progress import counting
+    from compiler.runtime import asked_for
     from compiler.verify import read_release, verify_files
 
     _warn_on_stderr()
     manifest, _ = read_release(release)
     verify_files(release, manifest)
-    wanted = [
-        artifact
-        for artifact in manifest.artifacts
-        if format in (None, artifact.format) and precision in (None, artifact.precision)
-    ]
-    if not wanted:
-        has = ", ".join(f"{artifact.format} {artifact.precision}" for artifact in manifest.artifacts)
-        raise InputError(f"{release}: no {' '.join(filter(None, (format, precision)))} artifact; the release has {has}")
+    wanted = asked_for(manifest, str(release), format, precision)
     with counting() as tell:
         scores = judge(
             release,
