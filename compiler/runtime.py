@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import re
-import sys
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from compiler import cpu
 from compiler.backends import BACKENDS
 from compiler.errors import InputError
+from compiler.inputs import check_length, complete, is_tensor, output_bytes, shapes
 from compiler.manifest import Manifest
 from compiler.types import Artifact, Report, Runner
 from compiler.verify import read_release, verify_files
@@ -214,14 +214,19 @@ class Config:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        if self._whole is None:
-            try:
-                from transformers import AutoConfig
+        try:
+            whole = self.whole()
+        except (ImportError, OSError, ValueError) as error:
+            raise AttributeError(f"config.json has no {name!r}, and transformers does not read it ({error})") from error
+        return getattr(whole, name)
 
-                self._whole = AutoConfig.from_pretrained(self._folder, local_files_only=True)
-            except (ImportError, OSError, ValueError) as error:
-                raise AttributeError(f"config.json has no {name!r}, and transformers does not read it ({error})") from error
-        return getattr(self._whole, name)
+    def whole(self) -> Any:
+        """transformers' config of the file, with its defaults. Raises ImportError, OSError or ValueError."""
+        if self._whole is None:
+            from transformers import AutoConfig
+
+            self._whole = AutoConfig.from_pretrained(self._folder, local_files_only=True)
+        return self._whole
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self._values)
@@ -255,8 +260,9 @@ class CompiledModel:
         return f"<{self.manifest.architecture} of {self.manifest.name} {self.manifest.release}, {what}: {self.reason}>"
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        """The outputs, `Output`, of integers `[batch, sequence]`: arrays or nested lists (then arrays), or torch tensors
-        (then tensors). Without `attention_mask` every token is real; without `token_type_ids` all are 0.
+        """The outputs, `Output`, of the original's inputs, by name or in its order: integers `[batch, sequence]` of text, floats
+        of images and sound. Arrays or nested lists give arrays, torch tensors give tensors. Without `attention_mask` all is
+        real; without `token_type_ids` all are 0.
 
         Raises:
             InputError: the model does not take that, or it does not fit into memory.
@@ -269,8 +275,8 @@ class CompiledModel:
             raise InputError(f"{twice[0]} is given twice")
         given |= named
         as_tuple = given.pop("return_dict", None) is False
-        outputs = self.run(self._inputs(given))
-        if any(_is_tensor(value) for value in given.values()):
+        outputs = self.run(complete(given, self.manifest, self.config))
+        if any(is_tensor(value) for value in given.values()):
             import torch
 
             answer = Output({name: torch.from_numpy(value) for name, value in outputs.items()})
@@ -281,71 +287,31 @@ class CompiledModel:
     forward = __call__
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        """The outputs of complete int64 `[batch, sequence]` inputs. Raises InputError when they do not fit into memory."""
-        self._check_memory(inputs[self.main_input_name].shape)
+        """The outputs of complete inputs, of the signature's dtypes and shapes. Raises InputError when they do not fit into
+        memory, or are of nothing that the model has an answer to."""
+        self._check_memory(inputs)
+        check_length(inputs, self.config)
         try:
             with self._lock:
-                return self._run(inputs)
+                outputs = self._run(inputs)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-                raise self._too_large(inputs[self.main_input_name].shape) from error
+                raise self._too_large(inputs) from error
             raise
+        if empty := next((name for name, value in outputs.items() if value.size == 0), None):
+            size = shapes(inputs, self.manifest.signature.inputs)
+            raise InputError(f"{empty}: the model has none for a batch of {size}; give longer sounds, or larger images")
+        return outputs
 
-    def _inputs(self, given: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-        """What is given as complete int64 arrays, or InputError."""
-        import numpy as np
-
-        wanted = [tensor.name for tensor in self.manifest.signature.inputs]
-        arrays = {}
-        for name, value in given.items():
-            # `use_cache=False` and the like ask for nothing; so does None.
-            if value is None or value is False:
-                continue
-            if name not in wanted and name != "token_type_ids":
-                raise InputError(f"{name}: the compiled model does not take it; it takes {', '.join(wanted)}")
-            try:
-                array = np.asarray(value.detach().cpu() if _is_tensor(value) else value)
-            except ValueError as error:
-                raise InputError(f"{name}: rows of different length; pad them to one length") from error
-            if array.dtype.kind not in "iub":
-                raise InputError(f"{name}: is {array.dtype}, and the model takes integers")
-            arrays[name] = np.ascontiguousarray(array, dtype=np.int64)
-        ids = arrays.get("input_ids")
-        if ids is None:
-            raise InputError("no input_ids are given")
-        for name, array in arrays.items():
-            if array.ndim != 2 or array.shape != ids.shape:
-                raise InputError(f"{name}: has shape {array.shape}; the model takes [batch, sequence], {name} as input_ids")
-        if ids.size == 0:
-            raise InputError(f"an empty batch: input_ids has shape {ids.shape}")
-        if (most := self.manifest.positions) is not None and ids.shape[1] > most:
-            raise InputError(f"input_ids: {ids.shape[1]} tokens, and the model has {most} positions; cut the text")
-        vocabulary = self.config.vocab_size
-        if ids.min() < 0 or ids.max() >= vocabulary:
-            worst = int(ids.max() if ids.max() >= vocabulary else ids.min())
-            raise InputError(f"input_ids: {worst} is no token of the model, which has {vocabulary}")
-        mask = arrays.setdefault("attention_mask", np.ones_like(ids))
-        if ((mask != 0) & (mask != 1)).any():
-            raise InputError("attention_mask: holds something else than 0 and 1")
-        types = arrays.setdefault("token_type_ids", np.zeros_like(ids))
-        if "token_type_ids" in wanted:
-            kinds = getattr(self.config, "type_vocab_size", 2)
-            if types.min() < 0 or types.max() >= kinds:
-                raise InputError(f"token_type_ids: {int(types.max())}; the model has {kinds} types")
-        elif types.any() and getattr(self.config, "type_vocab_size", None) != 0:
-            raise InputError("token_type_ids: the compiled model has none, and these are not all 0")
-        return {name: arrays[name] for name in wanted}
-
-    def _check_memory(self, shape: Sequence[int]) -> None:
+    def _check_memory(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Refuse what cannot fit: Linux gives memory that it does not have, and ends the process that then uses it."""
-        sizes: dict[Any, int] = {"batch": shape[0], "sequence": shape[1]}
-        outputs = self.manifest.signature.outputs
-        needed = sum(4 * math.prod(sizes.get(axis) or int(axis) for axis in tensor.shape) for tensor in outputs)
+        needed = output_bytes(inputs, self.manifest)
         if (free := available_memory()) is not None and needed > free:
-            raise self._too_large(shape, f": its outputs alone are {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+            raise self._too_large(inputs, f": its outputs alone are {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
-    def _too_large(self, shape: Sequence[int], why: str = "") -> InputError:
-        return InputError(f"a batch of {shape[0]} × {shape[1]} tokens does not fit into memory{why}; give smaller batches")
+    def _too_large(self, inputs: Mapping[str, np.ndarray[Any, Any]], why: str = "") -> InputError:
+        size = shapes(inputs, self.manifest.signature.inputs)
+        return InputError(f"a batch of {size} does not fit into memory{why}; give smaller batches")
 
     # What transformers' pipelines ask of a model.
 
@@ -379,11 +345,6 @@ def _named(manifest: Manifest) -> type[CompiledModel]:
     """`CompiledModel` under the original's class name: transformers' pipelines know by it which models have a task's head,
     and complain of all others."""
     return type(manifest.architecture, (CompiledModel,), {})
-
-
-def _is_tensor(value: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def available_memory() -> int | None:

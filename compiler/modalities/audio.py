@@ -106,12 +106,10 @@ def read(path: str) -> tuple[np.ndarray[Any, Any], int]:
             width, channels, rate = stream.getsampwidth(), stream.getnchannels(), stream.getframerate()
             content = stream.readframes(stream.getnframes())
     except (wave.Error, EOFError, OSError) as error:
-        raise ConfigError(
-            f"data.validation: {path}: not a sound that can be read ({error or 'cut short'}); {advice}"
-        ) from error
+        raise ConfigError(f"{path}: not a sound that can be read ({error or 'cut short'}); {advice}") from error
     content = content[: len(content) - len(content) % (width * channels)]
     if not content or not rate:
-        raise ConfigError(f"data.validation: {path}: holds no sound; {advice}")
+        raise ConfigError(f"{path}: holds no sound; {advice}")
     if width == 1:  # the only one without a sign
         values = np.frombuffer(content, dtype=np.uint8).astype(np.float32) / 128 - 1
     else:

@@ -128,8 +128,7 @@ def read(path: str) -> PIL.Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # decoders raise what they like
         raise ConfigError(
-            f"data.validation: {path}: not an image that can be read ({' '.join(str(error).split())[:120]}); give a JPEG, PNG "
-            "or WebP file"
+            f"{path}: not an image that can be read ({' '.join(str(error).split())[:120]}); give a JPEG, PNG or WebP file"
         ) from error
 
 

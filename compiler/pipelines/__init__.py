@@ -11,25 +11,37 @@ from typing import Any
 from compiler.bucketing import BATCH_TOKENS
 from compiler.errors import InputError
 from compiler.pipelines import (
+    audio_classification,
+    automatic_speech_recognition,
     feature_extraction,
     fill_mask,
+    image_classification,
+    image_feature_extraction,
+    multiple_choice,
     question_answering,
     sentence_embedding,
     sentence_similarity,
     text_classification,
     token_classification,
+    zero_shot_image_classification,
 )
 from compiler.pipelines.base import Kind, Pipeline
 from compiler.runtime import CompiledModel, load
 
 KINDS: dict[str, Kind] = {
+    "audio-classification": audio_classification,
+    "automatic-speech-recognition": automatic_speech_recognition,
     "feature-extraction": feature_extraction,
     "fill-mask": fill_mask,
+    "image-classification": image_classification,
+    "image-feature-extraction": image_feature_extraction,
+    "multiple-choice": multiple_choice,
     "question-answering": question_answering,
     "sentence-embedding": sentence_embedding,
     "sentence-similarity": sentence_similarity,
     "text-classification": text_classification,
     "token-classification": token_classification,
+    "zero-shot-image-classification": zero_shot_image_classification,
 }
 ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
 
@@ -50,12 +62,13 @@ def pipeline(
         task: a key of `KINDS`, or transformers' `ner` and `sentiment-analysis`; the release's own when None.
         release: its folder, or what `compiler.load` opened.
         format, precision, threads: as `compiler.load` takes them.
-        batch_tokens: lists are sorted by length and run in batches of so many tokens, padding included.
+        batch_tokens: lists are sorted by length and run in batches of so many tokens, padding included; 16 × 16 pixels count
+            as one, and so do 320 samples of sound.
         options: the task's, for every call: `top_k`, `aggregation_strategy` …
 
     Raises:
         InputError: the release has no head for the task, or no such artifact or option.
-        ReleaseError: it is no release, is damaged, or has no tokenizer.
+        ReleaseError: it is no release, is damaged, or has no tokenizer or processor.
     """
     model = release if isinstance(release, CompiledModel) else load(release, format, precision, threads)
     if isinstance(release, CompiledModel) and (format or precision or threads):

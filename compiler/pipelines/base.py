@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 log = logging.getLogger("compiler")
-
-# Inputs that are turned into features and sorted at a time: memory stays bounded, however long the file.
-WINDOW = 4096
 
 
 class Kind(Protocol):
@@ -35,6 +32,10 @@ class Kind(Protocol):
     def OPTIONS(self) -> Mapping[str, Any]:  # noqa: N802
         """The options of a call, with their defaults."""
 
+    @property
+    def WINDOW(self) -> int:  # noqa: N802
+        """So many items are turned into features and sorted at a time: memory stays bounded, however long the file."""
+
     def prepare(self, model: CompiledModel, options: Mapping[str, Any]) -> Any:
         """What turns items into features: a tokenizer, and what else the release says of that."""
 
@@ -46,6 +47,9 @@ class Kind(Protocol):
 
     def size(self, feature: Any) -> int:
         """What a feature adds to a batch's budget."""
+
+    def group(self, pipe: Pipeline, feature: Any) -> Hashable:
+        """What features must have in common to share a batch; those of None are padded to the longest."""
 
     def collate(self, pipe: Pipeline, features: Sequence[Any]) -> dict[str, np.ndarray[Any, Any]]:
         """The model's inputs."""
@@ -106,7 +110,7 @@ class Pipeline:
     ) -> Iterator[Any]:
         """The answers in the order of the items. `tell` is told how many more items are done."""
         iterator = iter(items)
-        while window := list(itertools.islice(iterator, WINDOW)):
+        while window := list(itertools.islice(iterator, self.kind.WINDOW)):
             yield from self._window(window, options, tell)
 
     def _window(self, items: Sequence[Any], options: Mapping[str, Any], tell: Callable[[int], None]) -> list[Any]:
@@ -115,8 +119,7 @@ class Pipeline:
         flat = [(place, number) for place, features in enumerate(every) for number in range(len(features))]
         kept: list[dict[int, Any]] = [{} for _ in items]
         answers: list[Any] = [None] * len(items)
-        for batch in batches([kind.size(every[place][number]) for place, number in flat], self.batch_tokens):
-            chosen = [flat[index] for index in batch]
+        for chosen in self._batches([(every[place][number], (place, number)) for place, number in flat]):
             features = [every[place][number] for place, number in chosen]
             outputs = self.model.run(kind.collate(self, features))
             done = 0
@@ -129,6 +132,15 @@ class Pipeline:
                     done += 1
             tell(done)
         return answers
+
+    def _batches(self, features: Sequence[tuple[Any, tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
+        """The places of features that run together."""
+        groups: dict[Hashable, list[tuple[int, tuple[int, int]]]] = {}
+        for feature, place in features:
+            groups.setdefault(self.kind.group(self, feature), []).append((self.kind.size(feature), place))
+        for members in groups.values():
+            for batch in batches([size for size, _ in members], self.batch_tokens):
+                yield [members[number][1] for number in batch]
 
     def say_once(self, what: str, text: str) -> None:
         """Log a warning, the first time that `what` happens."""

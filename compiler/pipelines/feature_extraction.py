@@ -17,6 +17,7 @@ TASK = "feature-extraction"
 OPTIONS: Mapping[str, Any] = {"return_tensors": False}
 prepare, items, features, size = text.prepare, text.items, text.features, text.size
 collate, rows, single = text.collate, text.rows, text.single
+WINDOW, group = text.WINDOW, text.group
 
 
 def reduce(

@@ -17,6 +17,7 @@ TASK = "fill-mask"
 # `targets`: the only words to choose among.
 OPTIONS: Mapping[str, Any] = {"top_k": 5, "targets": None}
 prepare, size, collate, rows = text.prepare, text.size, text.collate, text.rows
+WINDOW, group = text.WINDOW, text.group
 
 
 def items(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], bool]:

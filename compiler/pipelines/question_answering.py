@@ -32,6 +32,7 @@ MAX_SEQ_LEN, DOC_STRIDE = 384, 128
 # A logit that no softmax gives weight to.
 NEVER = -10000.0
 prepare, size, collate, rows = text.prepare, text.size, text.collate, text.rows
+WINDOW, group = text.WINDOW, text.group
 
 
 @dataclass(frozen=True)

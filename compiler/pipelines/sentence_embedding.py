@@ -99,6 +99,7 @@ def _json(path: Path) -> Any:
 
 
 items, size, collate, rows, single = text.items, text.size, text.collate, text.rows, text.single
+WINDOW, group = text.WINDOW, text.group
 
 
 def features(pipe: Pipeline, items: Sequence[Any], options: Mapping[str, Any]) -> list[list[tokenizers.Encoding]]:

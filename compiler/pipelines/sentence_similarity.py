@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TASK = "feature-extraction"
 OPTIONS = embedding.OPTIONS
 prepare, size, collate, rows, reduce = embedding.prepare, text.size, text.collate, text.rows, embedding.reduce
+WINDOW, group = text.WINDOW, text.group
 
 
 def items(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], bool]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import tokenizers
 
 
+WINDOW = 4096
+
+
 def prepare(model: CompiledModel, options: Mapping[str, Any]) -> tokenizer.Tokenizer:
     return tokenizer.read(model)
 
@@ -62,6 +65,10 @@ def encode(
 
 def size(feature: tokenizers.Encoding) -> int:
     return len(feature)
+
+
+def group(pipe: Pipeline, feature: Any) -> None:
+    """Texts of any length are padded."""
 
 
 def collate(pipe: Pipeline, features: Sequence[tokenizers.Encoding]) -> dict[str, np.ndarray[Any, Any]]:

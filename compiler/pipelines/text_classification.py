@@ -18,6 +18,7 @@ TASK = "text-classification"
 # `top_k` labels, all for None; by default the best alone. `function_to_apply`: softmax, sigmoid or none.
 OPTIONS: Mapping[str, Any] = {"top_k": "", "function_to_apply": None}
 prepare, size, collate, rows = text.prepare, text.size, text.collate, text.rows
+WINDOW, group = text.WINDOW, text.group
 
 
 def items(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], bool]:

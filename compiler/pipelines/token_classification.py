@@ -19,6 +19,7 @@ TASK = "token-classification"
 OPTIONS: Mapping[str, Any] = {"aggregation_strategy": "none", "ignore_labels": ("O",), "stride": None}
 STRATEGIES = ("none", "simple", "first", "average", "max")
 prepare, items, size, collate, rows = text.prepare, text.items, text.size, text.collate, text.rows
+WINDOW, group = text.WINDOW, text.group
 
 
 def features(pipe: Pipeline, items: Sequence[Any], options: Mapping[str, Any]) -> list[list[tokenizers.Encoding]]:

@@ -18,6 +18,7 @@ TASK = "token-classification"
 OPTIONS: Mapping[str, Any] = {}
 OUTSIDE = "O"
 prepare, size, collate, rows, single = text.prepare, text.size, text.collate, text.rows, text.single
+WINDOW, group = text.WINDOW, text.group
 
 
 def items(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], bool]:
