@@ -1,7 +1,8 @@
 """How good each artifact of a release is at its task, beside the eager original: the task's metric on labelled data.
 
 The original and every artifact answer in a process of their own, one after the other, with all threads: two runtimes in one
-process disturb each other. All of them read the same tokens in the same batches.
+process disturb each other. All of them read the same tokens, or images and sounds as the release's processor makes
+them, in the same batches.
 """
 
 from __future__ import annotations
@@ -21,15 +22,27 @@ from compiler.bench import EAGER, WARM_UP, errors_sent, open_subject
 from compiler.errors import CompileError, InputError, StageError
 from compiler.labelled import Data, read
 from compiler.manifest import Manifest
-from compiler.pipelines import question_answering, sentence_similarity, text_classification, words
+from compiler.pipelines import (
+    audio_classification,
+    automatic_speech_recognition,
+    image_classification,
+    question_answering,
+    sentence_similarity,
+    text_classification,
+    words,
+)
 from compiler.pipelines.base import Kind, Pipeline
 from compiler.runtime import CompiledModel, Config, config_of
+from compiler.tasks import TASKS
 from compiler.types import Artifact, Snapshot
 from compiler.verify import find_original
 
 # What answers a task's data, and with which options. Answers of SQuAD are as long as in its published baselines.
 KINDS: dict[str, tuple[Kind, Mapping[str, Any]]] = {
+    "audio-classification": (audio_classification, {"top_k": None}),
+    "automatic-speech-recognition": (automatic_speech_recognition, {}),
     "feature-extraction": (sentence_similarity, {}),
+    "image-classification": (image_classification, {"top_k": None}),
     "question-answering": (question_answering, {"max_answer_len": 30}),
     "text-classification": (text_classification, {"top_k": None}),
     "token-classification": (words, {}),
@@ -43,7 +56,7 @@ COMPARED = 64
 @dataclass(frozen=True)
 class Score:
     """One subject's metrics, shares of 1. `seconds` are those of answering all, without opening the file; `drop` says by
-    how much each metric is below the original's (negative: above)."""
+    how much each metric is worse than the original's (negative: better)."""
 
     subject: str
     metrics: Mapping[str, float]
@@ -97,9 +110,14 @@ def evaluate(
                 warned.add(text)
                 logging.getLogger("compiler").warning("%s", text)
         found = score(answers)
-        drop = {name: scores[0].metrics[name] - value for name, value in found.items()} if scores else {}
+        drop = {name: fall(name, scores[0].metrics[name], value) for name, value in found.items()} if scores else {}
         scores.append(Score(subject, found, seconds, len(labelled.items) / seconds, drop))
     return scores
+
+
+def fall(name: str, original: float, value: float) -> float:
+    """By how much a metric is worse than the original's."""
+    return value - original if name in metrics.ERRORS else original - value
 
 
 def judge(task: str, config: Config, data: Data, where: Path) -> Callable[[Sequence[Any]], dict[str, float]]:
@@ -111,6 +129,8 @@ def judge(task: str, config: Config, data: Data, where: Path) -> Callable[[Seque
     expected = data.expected
     if task == "question-answering":
         return lambda answers: metrics.squad(expected, [answer["answer"] if answer else "" for answer in answers])
+    if task == "automatic-speech-recognition":
+        return lambda answers: {"wer": metrics.word_error_rate(expected, [answer["text"] for answer in answers])}
     if task == "token-classification":
         return lambda answers: metrics.entity_f1(expected, answers)
     if task == "feature-extraction" or config.num_labels == 1:
@@ -122,7 +142,7 @@ def judge(task: str, config: Config, data: Data, where: Path) -> Callable[[Seque
     several = config.problem_type == "multi_label_classification"
 
     def classified(answers: Sequence[Any]) -> dict[str, float]:
-        # The answer to a text are all labels, the likeliest first.
+        # The answer to an input are all labels, the likeliest first.
         predicted = [
             {label["label"] for label in answer if label["score"] > THRESHOLD} if several else {answer[0]["label"]}
             for answer in answers
@@ -134,9 +154,9 @@ def judge(task: str, config: Config, data: Data, where: Path) -> Callable[[Seque
 
 
 def worse(scores: Sequence[Score], most: float) -> list[str]:
-    """What is below the original by more than `most`, for a reader."""
+    """What is worse than the original by more than `most`, for a reader."""
     return [
-        f"{score.subject}: {name} is {score.metrics[name]:.4f}, {drop:.4f} below the original's"
+        f"{score.subject}: {name} is {score.metrics[name]:.4f}, {drop:.4f} {'above' if name in metrics.ERRORS else 'below'} the original's"
         for score in scores
         for name, drop in score.drop.items()
         if drop > most
@@ -210,7 +230,7 @@ def _prepare(job: _Job) -> Pipeline:
     kind = KINDS[job.manifest.task][0]
     pipe = Pipeline(job.manifest.task, kind, opened, None, {**kind.OPTIONS, **job.given}, job.batch_tokens)
     pipe.prepared = kind.prepare(opened, pipe.options)
-    if original is not None:
+    if original is not None and TASKS[job.manifest.task].modality == "text":
         _check_tokens(pipe, original.tokenizer, job.items[:COMPARED])
     return pipe
 

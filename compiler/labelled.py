@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from compiler.errors import ConfigError
+from compiler.metrics import spoken
 from compiler.runtime import Config
+from compiler.tasks import FILES, TASKS
 
 LINES = {
     "feature-extraction": '{"text": "…", "text_pair": "…", "score": 0.8}',
     "text-classification": '{"text": "…", "label": "…"}, a list of labels where several are right, a number for a regression',
     "token-classification": '{"tokens": ["…"], "tags": ["B-PER"]}',
+    "image-classification": '{"image": "a.jpg", "label": "…"}, the path relative to the file; a label as for a text',
+    "audio-classification": '{"audio": "a.wav", "label": "…"}, the path relative to the file; a label as for a text',
+    "automatic-speech-recognition": '{"audio": "a.wav", "text": "…"}, the path relative to the file',
     "question-answering": '{"question": "…", "context": "…", "answers": ["…"]}, [] where there is none; or SQuAD\'s JSON',
 }
 
@@ -39,7 +44,18 @@ def read(path: Path, task: str, config: Config) -> Data:
     if task == "question-answering" and len(lines) == 1 and isinstance(lines[0][1].get("data"), list):
         lines = list(_squad(lines[0][1], path))
     found = [READERS[task](line, where, config) for where, line in lines]
-    return Data([item for item, _ in found], [expected for _, expected in found])
+    items = [item for item, _ in found]
+    if TASKS[task].fields[0] in FILES:
+        items = [_beside(path, item, where) for item, (where, _) in zip(items, lines, strict=True)]
+    return Data(items, [expected for _, expected in found])
+
+
+def _beside(path: Path, name: str, where: str) -> str:
+    """The path of a file that a line names."""
+    found = path.parent / name
+    if not found.is_file():
+        raise ConfigError(f"{where}: {name}: no such file; paths are relative to the data file")
+    return str(found)
 
 
 def read_text(path: Path) -> str:
@@ -98,14 +114,36 @@ def _classified(line: Mapping[str, Any], where: str, config: Config) -> tuple[An
     texts = [_text(line, "text", where, task)]
     if line.get("text_pair"):
         texts.append(_text(line, "text_pair", where, task))
+    return tuple(texts), _labels(line, where, task, config)
+
+
+def _labels(line: Mapping[str, Any], where: str, task: str, config: Config) -> Any:
+    """What a line's label is: a set of names, of several only where the model gives several; a number for a regression."""
     value = line.get("label")
     if config.num_labels == 1:
-        return tuple(texts), _number(value, "label", where, task)
+        return _number(value, "label", where, task)
     several = config.problem_type == "multi_label_classification"
     if isinstance(value, list) and not several:
         raise ConfigError(f"{where}: has a list of labels, and the model gives one of them")
-    labels = value if isinstance(value, list) else [value]
-    return tuple(texts), frozenset(_label(label, where, config) for label in labels)
+    return frozenset(_label(label, where, config) for label in (value if isinstance(value, list) else [value]))
+
+
+def _seen(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, Any]:
+    task = "image-classification"
+    return _text(line, "image", where, task), _labels(line, where, task, config)
+
+
+def _heard(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, Any]:
+    task = "audio-classification"
+    return _text(line, "audio", where, task), _labels(line, where, task, config)
+
+
+def _said(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, Any]:
+    task = "automatic-speech-recognition"
+    text = _text(line, "text", where, task)
+    if not spoken(text):
+        raise ConfigError(f"{where}: field 'text' holds no word; a line for {task} is {LINES[task]}")
+    return _text(line, "audio", where, task), text
 
 
 def _label(value: Any, where: str, config: Config) -> str:
@@ -161,4 +199,7 @@ READERS: dict[str, Callable[[Mapping[str, Any], str, Config], tuple[Any, Any]]] 
     "text-classification": _classified,
     "token-classification": _tagged,
     "question-answering": _asked,
+    "image-classification": _seen,
+    "audio-classification": _heard,
+    "automatic-speech-recognition": _said,
 }

@@ -1,18 +1,24 @@
-"""What tasks are judged by: accuracy, F1, Spearman's correlation, entities' F1, SQuAD's exact match and F1. Pure.
+"""What tasks are judged by: accuracy, F1, Spearman's correlation, entities' F1, SQuAD's exact match and F1, word error rate.
+Pure.
 
-Every figure is a share of 1, and more is better.
+Every figure is a share of 1, and more is better, except of those in `ERRORS`.
 """
 
 from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+# Figures of which less is better.
+ERRORS = frozenset({"wer"})
 
 
 def accuracy(expected: Sequence[Collection[str]], predicted: Sequence[Collection[str]]) -> float:
@@ -126,3 +132,30 @@ def squad(expected: Sequence[Sequence[str]], predicted: Sequence[str]) -> dict[s
         "exact_match": sum(exact_match(answers, guess) for answers, guess in pairs) / len(pairs),
         "f1": sum(answer_f1(answers, guess) for answers, guess in pairs) / len(pairs),
     }
+
+
+def spoken(text: str) -> list[str]:
+    """The words of a text as they sound: in lower case, without punctuation but the apostrophes within words. What
+    recognizes speech has often one case and no punctuation."""
+    kept = "".join(" " if unicodedata.category(one)[0] in "PS" and one not in "'’" else one for one in text.casefold())
+    return [word for part in kept.replace("’", "'").split() if (word := part.strip("'"))]
+
+
+def word_error_rate(expected: Sequence[str], predicted: Sequence[str]) -> float:
+    """Words that were substituted, left out and put in, over all texts, by the number of words that were expected; it may be
+    above 1."""
+    errors = words = 0
+    for truth, guess in zip(expected, predicted, strict=True):
+        one, other = spoken(truth), spoken(guess)
+        errors, words = errors + edits(one, other), words + len(one)
+    return errors / words
+
+
+def edits(one: Sequence[str], other: Sequence[str]) -> int:
+    """Levenshtein's distance: the fewest items to substitute, delete or insert."""
+    row = list(range(len(other) + 1))
+    for place, item in enumerate(one, 1):
+        above, row = row, [place]
+        for column, candidate in enumerate(other):
+            row.append(min(above[column] + (item != candidate), above[column + 1] + 1, row[column] + 1))
+    return row[-1]

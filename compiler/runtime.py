@@ -260,9 +260,9 @@ class CompiledModel:
         return f"<{self.manifest.architecture} of {self.manifest.name} {self.manifest.release}, {what}: {self.reason}>"
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        """The outputs, `Output`, of the original's inputs, by name or in its order: integers `[batch, sequence]` of text, floats
-        of images and sound. Arrays or nested lists give arrays, torch tensors give tensors. Without `attention_mask` all is
-        real; without `token_type_ids` all are 0.
+        """The outputs, `Output`, of the original's inputs, by name or in its order: integers `[batch, sequence]` of text,
+        floats of images and sound. Arrays or nested lists give arrays, torch tensors give tensors. Without `attention_mask`
+        all is real; without `token_type_ids` all are 0.
 
         Raises:
             InputError: the model does not take that, or it does not fit into memory.

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from compiler.errors import ConfigError, InputError
 if TYPE_CHECKING:
     from compiler.evaluate import Score
     from compiler.pipelines.base import Pipeline
+    from compiler.runtime import CompiledModel
 
 format_option = click.option("--format", help="torchscript, onnx or openvino; the fastest when left out.")
 precision_option = click.option("--precision", help="fp32, bf16 …; the fastest when left out.")
@@ -46,8 +47,11 @@ tokens_option = click.option(
     "--file",
     "file",
     type=click.Path(path_type=Path),
-    help="Inputs: a text a line (.txt), or JSON lines (.jsonl).",
+    help="Inputs: a text, or the path of an image or a sound, a line (.txt), or JSON lines (.jsonl).",
 )
+@click.option("--image", "images", multiple=True, help="The path of an image; may be given again.")
+@click.option("--audio", "sounds", multiple=True, help="The path of a WAV file; may be given again.")
+@click.option("--label", "labels", multiple=True, help="What an image may show, or how a text may go on; given several times.")
 @click.option("--task", help="sentence-embedding, feature-extraction or sentence-similarity, where a release does several.")
 @click.option("--top-k", type=click.IntRange(1), help="So many answers; all labels of a text are --top-k 1000.")
 @click.option("--pooling", help="mean, cls …: how tokens make a vector, where a release does not say.")
@@ -64,6 +68,9 @@ def run(
     question: str | None,
     context: str | None,
     file: Path | None,
+    images: tuple[str, ...],
+    sounds: tuple[str, ...],
+    labels: tuple[str, ...],
     task: str | None,
     top_k: int | None,
     pooling: str | None,
@@ -74,7 +81,8 @@ def run(
     batch_tokens: int,
     as_json: bool,
 ) -> None:
-    """Answer with RELEASE, which says what kind of answer: an embedding, a label, entities, a span, words for a mask.
+    """Answer with RELEASE, which says what kind of answer: an embedding, a label, entities, a span, words for a mask, what was
+    said.
 
     Results come in the order of the inputs.
     """
@@ -82,8 +90,8 @@ def run(
     from compiler.progress import counting
     from compiler.runtime import load
 
-    if sum(map(bool, (texts, file, question))) != 1:
-        raise click.UsageError("give --text, or --question with --context, or --file")
+    if sum(map(bool, (texts, file, question, images, sounds))) != 1:
+        raise click.UsageError("give --text, or --question with --context, or --image, or --audio, or --file")
     if (question is None) != (context is None):
         raise click.UsageError("--question and --context go together")
     if pairs and len(pairs) != len(texts):
@@ -93,10 +101,19 @@ def run(
     asked = "question-answering" if question else None
     name = task or asked or _usual_task(release, model.manifest.task, bool(pairs), pooling)
     given_options: dict[str, Any] = {"pooling": pooling} if pooling else {}
+    _check_kind(model, {"text": bool(texts), "image": bool(images), "audio": bool(sounds)})
+    if labels and name == "zero-shot-image-classification":
+        given_options["candidate_labels"] = list(labels)
+    elif labels and (name != "multiple-choice" or file):
+        raise InputError(f"--label: is for zero-shot-image-classification, and multiple-choice with --text; this is {name}")
     pipe = pipeline(name, model, batch_tokens=batch_tokens, **given_options)
     options = _options(pipe, top_k, no_answer)
     if file is not None:
-        given = _read(file, pipe)
+        given = _read(file, pipe, bool(labels))
+    elif images or sounds:
+        given = [*images, *sounds]
+    elif name == "multiple-choice":
+        given = [{"text": text, "choices": list(labels)} for text in texts]
     elif question is not None:
         given = [{"question": question, "context": context}]
     elif pairs:
@@ -135,14 +152,29 @@ def _usual_task(release: Path, task: str, compared: bool, pooling: str | None) -
     return "sentence-embedding" if pooling or (release / "modules.json").is_file() else task
 
 
+def _check_kind(model: CompiledModel, given: Mapping[str, bool]) -> None:
+    """Refuse a text, an image or a sound that is given to a release of something else. Raises InputError."""
+    from compiler.tasks import TASKS
+
+    task = model.manifest.task
+    wanted = {"image-text": "image"}.get(TASKS[task].modality, TASKS[task].modality)
+    if wrong := [name for name, is_given in given.items() if is_given and name != wanted]:
+        where = f"{model.manifest.name} {model.manifest.release}"
+        raise InputError(f"--{wrong[0]}: {where} is for {task}; give --{wanted}")
+
+
 def _options(pipe: Pipeline, top_k: int | None, no_answer: bool) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if top_k is not None:
         if "top_k" not in pipe.kind.OPTIONS:
-            raise InputError(f"--top-k: {pipe.task} has one answer")
+            scored = pipe.task in ("zero-shot-image-classification", "multiple-choice")
+            raise InputError(f"--top-k: {pipe.task} {'scores each label' if scored else 'has one answer'}")
         given["top_k"] = top_k
-    elif pipe.task == "text-classification" and pipe.model.config.problem_type == "multi_label_classification":
-        given["top_k"] = None
+    elif pipe.task.endswith("-classification") and "top_k" in pipe.kind.OPTIONS:
+        if pipe.model.config.problem_type == "multi_label_classification":
+            given["top_k"] = None
+        elif pipe.task != "text-classification":
+            given["top_k"] = 1
     if no_answer:
         if "handle_impossible_answer" not in pipe.kind.OPTIONS:
             raise InputError(f"--no-answer: is for question-answering, and this is {pipe.task}")
@@ -152,21 +184,31 @@ def _options(pipe: Pipeline, top_k: int | None, no_answer: bool) -> dict[str, An
     return pipe.with_options(given)
 
 
-def _read(path: Path, pipe: Pipeline) -> list[Any]:
-    """The inputs of a file. Raises ConfigError when it, or a line of it, is none."""
+def _read(path: Path, pipe: Pipeline, labelled: bool) -> list[Any]:
+    """The inputs of a file; paths in it are relative to it. `labelled`: the labels of its images are those of the command.
+    Raises ConfigError when it, or a line of it, is none."""
     from compiler.labelled import objects, read_text
-    from compiler.tasks import TASKS, parse_line
+    from compiler.tasks import FILES, LISTS, TASKS, parse_line
 
+    task = pipe.model.manifest.task
+    names = TASKS[task].fields
     if path.suffix == ".jsonl":
         if pipe.task == "sentence-similarity":
             return [line for _, line in objects(path)]
-        task = pipe.model.manifest.task
-        found = [(where, parse_line(json.dumps(line), task, where)) for where, line in objects(path)]
-        names = TASKS[task].fields
-        return [values[0] if len(names) == 1 else dict(zip(names, values, strict=False)) for _, values in found]
-    if path.suffix != ".txt" or pipe.task in ("question-answering", "sentence-similarity"):
+        found: list[Any] = []
+        for where, line in objects(path):
+            if labelled and "texts" in names:
+                line = {**line, "texts": ["given by --label"]}
+            values = parse_line(json.dumps(line), task, where)
+            fields: dict[str, Any] = dict(zip(names, values, strict=False))
+            fields |= {name: list(values[number:]) for number, name in enumerate(names) if name in LISTS}
+            fields |= {name: str(path.parent / value) for name, value in fields.items() if name in FILES}
+            found.append(fields[names[0]] if len(names) == 1 or labelled else fields)
+        return found
+    if path.suffix != ".txt" or pipe.task in ("question-answering", "sentence-similarity", "multiple-choice"):
         raise ConfigError(f"{path}: inputs are JSON lines (.jsonl) or, where an input is one text, a text a line (.txt)")
-    return read_text(path).removesuffix("\n").split("\n")
+    rows = read_text(path).removesuffix("\n").split("\n")
+    return [str(path.parent / row) for row in rows] if names[0] in FILES else rows
 
 
 def plain(value: Any) -> Any:
@@ -188,6 +230,14 @@ def _shown(task: str, answer: Any) -> Iterator[str]:
     elif task == "feature-extraction":
         (tokens,) = answer
         yield f"{len(tokens)} tokens × {len(tokens[0])} values: {' '.join(f'{value:.4f}' for value in tokens[0][:6])} …"
+    elif task == "image-feature-extraction":
+        import numpy as np
+
+        vectors = np.asarray(answer)[0]
+        flat = " ".join(f"{value:.4f}" for value in vectors.reshape(-1)[:6])
+        yield f"{' × '.join(map(str, vectors.shape))} values: {flat} …"
+    elif task == "automatic-speech-recognition":
+        yield answer["text"]
     elif task == "sentence-similarity":
         yield " ".join(f"{value:.4f}" for value in (answer if isinstance(answer, list) else [answer]))
     elif task == "question-answering":
@@ -221,7 +271,9 @@ def _warn_on_stderr() -> None:
 @click.argument("release", type=click.Path(path_type=Path))
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Labelled JSON lines, or SQuAD's JSON.")
 @click.option(
-    "--max-drop", type=click.FloatRange(0, 1), help="Exit 1 when a metric is below the original's by more (0.01: one point)."
+    "--max-drop",
+    type=click.FloatRange(0, 1),
+    help="Exit 1 when a metric is worse than the original's by more (0.01: one point).",
 )
 @format_option
 @precision_option
@@ -250,8 +302,8 @@ def evaluate(
 ) -> None:
     """The task's metric of every artifact of RELEASE on labelled data, beside the eager original, and the time each took.
 
-    Accuracy and F1 (text-classification), Spearman's correlation (pairs of texts with a score), F1 of entities
-    (token-classification), exact match and F1 (question-answering).
+    Accuracy and F1 (classification of texts, images, sounds), Spearman's correlation (pairs of texts with a score), F1 of
+    entities (token-classification), exact match and F1 (question-answering), word error rate (automatic-speech-recognition).
     """
     from compiler.evaluate import evaluate as judge
     from compiler.evaluate import worse
@@ -295,7 +347,7 @@ def _table(scores: Sequence[Score]) -> str:
     rows = [("artifact", *names, "seconds", "inputs/s")]
     for score in scores:
         cells = [
-            f"{value:.4f}" + (f"  {round(-score.drop[name], 4) + 0.0:+.4f}" if name in score.drop else "")
+            f"{value:.4f}" + (f"  {round(value - scores[0].metrics[name], 4) + 0.0:+.4f}" if name in score.drop else "")
             for name, value in score.metrics.items()
         ]
         rows.append((score.subject, *cells, f"{score.seconds:.2f}", f"{score.per_second:.0f}"))

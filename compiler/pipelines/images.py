@@ -52,7 +52,8 @@ def features(pipe: Pipeline, items: Sequence[Any], options: Mapping[str, Any]) -
 
 def pixels(made_by: Any, item: Any) -> Pixels:
     """An image as the model takes it, float32 `[channels, height, width]`."""
-    return image.pixels(made_by, [opened(item)])[0]
+    made: Pixels = image.pixels(made_by, [opened(item)])[0]
+    return made
 
 
 def opened(item: Any) -> PIL.Image.Image:
@@ -78,12 +79,12 @@ def described(item: Any) -> str:
 
 
 def size(feature: Pixels) -> int:
-    return -(-feature.shape[-2] * feature.shape[-1] // PATCH)
+    return -(-int(feature.shape[-2] * feature.shape[-1]) // PATCH)
 
 
 def group(pipe: Pipeline, feature: Pixels) -> Hashable:
     """Images of other sizes, where a model takes any, do not fit in one array."""
-    return feature.shape
+    return tuple(feature.shape)
 
 
 def collate(pipe: Pipeline, features: Sequence[Pixels]) -> dict[str, np.ndarray[Any, Any]]:

@@ -57,8 +57,8 @@ def samples(pipe: Pipeline, extractor: Any, item: Any) -> Samples:
             given, rate = item.get("raw", item.get("array")), item.get("sampling_rate", 0)
         if not isinstance(given, np.ndarray) or given.dtype.kind != "f" or given.ndim != 1:
             raise InputError(
-                f"an input is {images.described(given)}; give a WAV file's path, a float array [samples] in mono, or a mapping "
-                "with array and sampling_rate"
+                f"an input is {images.described(given)}; give a WAV file's path, a float array [samples] in mono, or a "
+                "mapping with array and sampling_rate"
             )
         if isinstance(rate, bool) or not isinstance(rate, int) or rate < 1:
             raise InputError(f"sampling_rate: {rate!r}; a whole number of Hz")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TASK = "zero-shot-image-classification"
 # `candidate_labels` are those of every image that brings no texts of its own, put into `hypothesis_template`.
 OPTIONS: Mapping[str, Any] = {"candidate_labels": None, "hypothesis_template": "This is a photo of {}."}
-WINDOW, rows, single = images.WINDOW, images.rows, images.single
+WINDOW, single = images.WINDOW, images.single
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,6 @@ def prepare(model: CompiledModel, options: Mapping[str, Any]) -> Processors:
 
 def items(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], bool]:
     """Images, or mappings with `image` and `texts`: one, or a list."""
-    if args and len(args) == 1 and isinstance(args[0], Mapping):
-        args = ([args[0]],)
-        return [_item(item) for item in args[0]], True
     found, one = images.items(args, named)
     return [_item(item) for item in found], one
 
@@ -94,15 +91,16 @@ def collate(pipe: Pipeline, features: Sequence[Feature]) -> dict[str, np.ndarray
     most = pipe.model.manifest.positions
     if most is not None and made["input_ids"].shape[1] > most:
         longest = texts[int(made["attention_mask"].sum(axis=1).argmax())]
-        raise InputError(
-            f"{longest[:60]!r} is {made['input_ids'].shape[1]} tokens, and the model has {most} positions; say less"
-        )
+        tokens = made["input_ids"].shape[1]
+        raise InputError(f"{longest[:60]!r} is {tokens} tokens, and the model has {most} positions; say less")
     inputs = {"pixel_values": np.stack([feature.pixels for feature in features])}
     inputs |= {name: np.ascontiguousarray(made[name], dtype=np.int64) for name in ("input_ids", "attention_mask")}
     return {tensor.name: inputs[tensor.name] for tensor in pipe.model.manifest.signature.inputs}
 
 
-def rows(pipe: Pipeline, outputs: Mapping[str, np.ndarray[Any, Any]], features: Sequence[Any]) -> Any:
+def rows(
+    pipe: Pipeline, outputs: Mapping[str, np.ndarray[Any, Any]], features: Sequence[Any]
+) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
     for row in outputs["logits_per_image"]:
         yield {"logits_per_image": row}
 
