@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compiler.errors import ReleaseError
+from compiler.modalities import audio
 from compiler.pipelines import sounds
 from compiler.pipelines.base import Pipeline
 from compiler.runtime import CompiledModel
@@ -44,14 +45,15 @@ def features(pipe: Pipeline, items: Sequence[Any], options: Mapping[str, Any]) -
 
 
 def collate(pipe: Pipeline, features: Sequence[sounds.Samples]) -> dict[str, np.ndarray[Any, Any]]:
-    return sounds.audio.features(pipe.prepared.extractor, features)
+    return dict(audio.features(pipe.prepared.extractor, features))
 
 
 def reduce(
     pipe: Pipeline, feature: Any, outputs: Mapping[str, np.ndarray[Any, Any]], options: Mapping[str, Any]
 ) -> np.ndarray[Any, Any]:
     """int `[frames]`."""
-    return outputs["logits"].argmax(axis=-1)
+    tokens: np.ndarray[Any, Any] = outputs["logits"].argmax(axis=-1)
+    return tokens
 
 
 def finish(pipe: Pipeline, item: Any, parts: Sequence[tuple[Any, Any]], options: Mapping[str, Any]) -> dict[str, str]:

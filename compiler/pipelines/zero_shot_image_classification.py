@@ -47,7 +47,7 @@ def items(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], bool
 def _item(given: Any) -> tuple[Any, tuple[str, ...] | None]:
     if not isinstance(given, Mapping):
         return given, None
-    texts = given.get("texts")
+    texts: Any = given.get("texts")
     if "image" not in given or not _are_texts(texts):
         raise InputError(f"{TASK}: an input that is a mapping has image, and texts, a list")
     return given["image"], tuple(texts)
