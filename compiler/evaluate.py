@@ -155,8 +155,9 @@ def judge(task: str, config: Config, data: Data, where: Path) -> Callable[[Seque
 
 def worse(scores: Sequence[Score], most: float) -> list[str]:
     """What is worse than the original by more than `most`, for a reader."""
+    sides = {name: "above" if name in metrics.ERRORS else "below" for score in scores for name in score.metrics}
     return [
-        f"{score.subject}: {name} is {score.metrics[name]:.4f}, {drop:.4f} {'above' if name in metrics.ERRORS else 'below'} the original's"
+        f"{score.subject}: {name} is {score.metrics[name]:.4f}, {drop:.4f} {sides[name]} the original's"
         for score in scores
         for name, drop in score.drop.items()
         if drop > most

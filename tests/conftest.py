@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from compiler.manifest import MANIFEST, SUMS, Manifest, sums, to_bytes
-from tests.releases import plain_torchscript as plain_torchscript  # fixtures
+from tests.releases import media as media  # fixtures
+from tests.releases import plain_torchscript as plain_torchscript
 from tests.releases import releases as releases
 from tests.zoo import save_checkpoint
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from compiler.plan import BUILTIN_TEXT
+from compiler.plan import BUILTIN_TEXT, PACKAGE
+from compiler.tasks import TASKS
 from tests.zoo import save_checkpoint
 
 TEXTS = [value for line in BUILTIN_TEXT.read_text().splitlines() for value in json.loads(line).values()]
@@ -43,19 +44,33 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "answers": ("bert", "question-answering", {}, FAST),
     "masks": ("roberta", "fill-mask", {}, FAST),
 }
+# Of images, sound and choices. `speech` has a mask, `sounds` has none.
+WITHOUT_TORCH = {**FAST, "onnx": ["fp32"]}
+MEDIA: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "photos": ("vit", "image-classification", {}, WITHOUT_TORCH),
+    "patches": ("resnet", "image-feature-extraction", {}, FAST),
+    "captions": ("clip", "zero-shot-image-classification", {}, FAST),
+    "sounds": ("hubert", "audio-classification", {}, FAST),
+    "speech": ("wav2vec2-lv60", "automatic-speech-recognition", {}, WITHOUT_TORCH),
+    "choices": ("bert", "multiple-choice", {}, FAST),
+}
+PICTURES = sorted(map(str, (PACKAGE / "data/images").glob("*.jpg")))
+RECORDINGS = sorted(map(str, (PACKAGE / "data/sounds").glob("*.wav")))
 
 
-def _build(folder: Path) -> None:
+def _build(folder: Path, chosen: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]) -> None:
     from tests.conftest import run_command
 
     models = []
-    for name, (architecture, task, changes, targets) in MODELS.items():
+    for name, (architecture, task, changes, targets) in chosen.items():
         save_checkpoint(folder / name, architecture, task, **changes)
-        models.append({"name": name, "release": "1.0.0", "source": f"path:{name}", "task": task, "targets": targets})
-    add_sentence_files(folder / "features")
+        about = {"name": name, "release": "1.0.0", "source": f"path:{name}", "task": task, "targets": targets}
+        shapes = {"batch": [1, 3], "sequence": [16, 33]} if TASKS[task].modality == "text" else {"batch": [1, 3]}
+        models.append({**about, "shapes": shapes})
+    if "features" in chosen:
+        add_sentence_files(folder / "features")
     pipeline = folder / "pipeline.yaml"
-    shapes = {"shapes": {"batch": [1, 3], "sequence": [16, 33]}}
-    pipeline.write_text(yaml.safe_dump({"schema": 1, "output": "artifacts", "models": [{**one, **shapes} for one in models]}))
+    pipeline.write_text(yaml.safe_dump({"schema": 1, "output": "artifacts", "models": models}))
     built = run_command(folder, folder / "cache", pipeline)
     assert built.returncode == 0, built.stderr
 
@@ -77,14 +92,26 @@ def add_sentence_files(folder: Path, **pooling: bool) -> None:
 @pytest.fixture(scope="session")
 def releases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoints of `MODELS` and, in `artifacts/<name>/1.0.0`, their releases. Read only."""
-    root = tmp_path_factory.getbasetemp()
+    return _built_once(tmp_path_factory, "releases", MODELS)
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of `MEDIA`."""
+    return _built_once(tmp_path_factory, "media", MEDIA)
+
+
+def _built_once(
+    factory: pytest.TempPathFactory, name: str, chosen: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]
+) -> Path:
+    root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # the first worker builds for all
         root = root.parent
-    folder = root / "releases"
-    with FileLock(root / "releases.lock"):
+    folder = root / name
+    with FileLock(root / f"{name}.lock"):
         if not (folder / "built").exists():
             folder.mkdir()
-            _build(folder)
+            _build(folder, chosen)
             (folder / "built").touch()
     return folder
 

@@ -273,7 +273,7 @@ def _warn_on_stderr() -> None:
 @click.option(
     "--max-drop",
     type=click.FloatRange(0, 1),
-    help="Exit 1 when a metric is worse than the original's by more (0.01: one point).",
+    help="Exit 1 when a metric is worse than the original's by more (0.01: a point).",
 )
 @format_option
 @precision_option
