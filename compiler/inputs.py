@@ -89,7 +89,7 @@ def _sizes(arrays: Arrays, wanted: Mapping[str, Tensor]) -> dict[str, int]:
             fits = fits and (size == axis if isinstance(axis, int) else sizes.setdefault(axis, size) == size)
             owners.setdefault(str(axis), name)
         if not fits:
-            beside = next((owners[str(axis)] for axis in axes if owners[str(axis)] != name), None)
+            beside = next((owner for axis in axes if (owner := owners.get(str(axis), name)) != name), None)
             more = f", {name} as {beside}" if beside else ""
             raise InputError(f"{name}: has shape {array.shape}; the model takes [{', '.join(map(str, axes))}]{more}")
         if array.size == 0:

@@ -45,13 +45,13 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "masks": ("roberta", "fill-mask", {}, FAST),
 }
 # Of images, sound and choices. `speech` has a mask, `sounds` has none.
-WITHOUT_TORCH = {**FAST, "onnx": ["fp32"]}
+
 MEDIA: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
-    "photos": ("vit", "image-classification", {}, WITHOUT_TORCH),
+    "photos": ("vit", "image-classification", {}, {**FAST, "onnx": ["fp32"]}),
     "patches": ("resnet", "image-feature-extraction", {}, FAST),
     "captions": ("clip", "zero-shot-image-classification", {}, FAST),
     "sounds": ("hubert", "audio-classification", {}, FAST),
-    "speech": ("wav2vec2-lv60", "automatic-speech-recognition", {}, WITHOUT_TORCH),
+    "speech": ("wav2vec2-lv60", "automatic-speech-recognition", {}, FAST),
     "choices": ("bert", "multiple-choice", {}, FAST),
 }
 PICTURES = sorted(map(str, (PACKAGE / "data/images").glob("*.jpg")))

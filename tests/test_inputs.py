@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,9 +71,7 @@ def given(media: Path, name: str) -> dict[str, np.ndarray]:
     return made
 
 
-@pytest.mark.parametrize(
-    ("name", "format"), [*((name, "torchscript") for name in MEDIA), ("photos", "onnx"), ("speech", "onnx")]
-)
+@pytest.mark.parametrize(("name", "format"), [*((name, "torchscript") for name in MEDIA), ("photos", "onnx")])
 def test_is_called_as_the_original(media: Path, opened: Open, eager: Callable[[str], Any], name: str, format: str) -> None:
     import torch
 
@@ -129,7 +126,7 @@ def test_ways_to_call(opened: Open, eager: Callable[[str], Any]) -> None:
         ("sounds", {"input_values": SOUND[0]}, "has shape (4000,); the model takes [batch, samples]"),
         ("sounds", {"input_values": (SOUND * 99).astype(np.int16)}, "is int16, and the model takes floats"),
         ("sounds", {"input_values": SOUND[:, :0]}, "an empty batch"),
-        ("sounds", {"input_values": SOUND[:, :94]}, "a sound of 94 samples is too short: the model takes 95 or more"),
+        ("sounds", {"input_values": SOUND[:, :104]}, "a sound of 104 samples is too short: the model takes 105 or more"),
         ("sounds", {"input_values": SOUND, "attention_mask": np.zeros((2, 4000), dtype=int)}, "the compiled model has none"),
         ("sounds", {"input_values": SOUND, "attention_mask": MASK}, "attention_mask: has shape (3, 5)"),
         ("speech", {"input_values": SOUND, "attention_mask": np.ones((2, 3999), dtype=int)}, "attention_mask as input_values"),
@@ -171,21 +168,17 @@ def test_a_batch_over_memory(opened: Open, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 ALONE = """
-import json, sys
+import sys
 import numpy as np
 import compiler
-for folder, name, shape in json.loads(sys.argv[1]):
-    model = compiler.load(folder, "onnx")
-    print(model(**{name: np.zeros(shape, dtype=np.float32)}).logits.shape, model.config.id2label[1])
+model = compiler.load(sys.argv[1], "onnx")
+print(model(pixel_values=np.zeros((2, 3, 32, 32), dtype=np.float32)).logits.shape, model.config.id2label[1])
 print(sorted({"torch", "transformers"} & set(sys.modules)))
 """
 
 
 def test_opens_without_torch(media: Path) -> None:
-    asked = [
-        (str(release_of(media, name)), main, shape)
-        for name, main, shape in (("photos", "pixel_values", [2, 3, 32, 32]), ("speech", "input_values", [1, 4000]))
-    ]
-    ran = subprocess.run([sys.executable, "-c", ALONE, json.dumps(asked)], capture_output=True, text=True, check=False)
+    script = [sys.executable, "-c", ALONE, str(release_of(media, "photos"))]
+    ran = subprocess.run(script, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines() == ["(2, 9) LABEL_1", "(1, 98, 32) LABEL_1", "[]"]
+    assert ran.stdout.splitlines() == ["(2, 9) LABEL_1", "[]"]
