@@ -15,14 +15,17 @@ import pytest
 
 import compiler
 from compiler import labelled, metrics
+from compiler.cli.run import _table
 from compiler.errors import ConfigError, InputError, StageError
-from compiler.evaluate import KINDS, Score, _Job, _prepare, judge, worse
+from compiler.evaluate import KINDS, Score, _Job, _prepare, fall, judge, worse
 from compiler.hashing import hash_file
 from compiler.labelled import Data
+from compiler.modalities import audio, image
 from compiler.runtime import Config
 from compiler.verify import find_original, read_release
 from tests.conftest import error_line, run_command, seal
-from tests.releases import SHORT, TAGS, TEXTS, release_of
+from tests.modalities import test_audio as sound
+from tests.releases import MEDIA, PICTURES, RECORDINGS, SHORT, TAGS, TEXTS, release_of
 
 pytestmark = pytest.mark.usefixtures("plain_torchscript")
 NO_OPTIONS = {"trust_remote_code": False, "allow_pickle": False}
@@ -280,3 +283,130 @@ def test_bad_commands(releases: Path, tmp_path: Path) -> None:
         (("--data", data, "--source", "path:nowhere"), "path:nowhere"),
     ):
         assert says in error_line(run_command(tmp_path, tmp_path, "evaluate", release, *arguments))
+
+
+def heard(media: Path) -> list[str]:
+    """What the untouched speech model makes of the recordings, by transformers alone."""
+    import torch
+    from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
+
+    eager = AutoModelForCTC.from_pretrained(media / "speech").eval()
+    extractor = AutoFeatureExtractor.from_pretrained(media / "speech")
+    tokenizer = AutoTokenizer.from_pretrained(media / "speech")
+    texts = []
+    for path in RECORDINGS:
+        inputs = extractor(audio.read(path)[0], sampling_rate=16000, return_tensors="pt")
+        with torch.no_grad():
+            texts.append(tokenizer.decode(eager(**inputs).logits[0].argmax(-1)))
+    return texts
+
+
+@pytest.mark.parametrize("artifact", [False, True])
+def test_images(media: Path, tmp_path: Path, artifact: bool) -> None:
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    eager = AutoModelForImageClassification.from_pretrained(media / "photos").eval()
+    processor = AutoImageProcessor.from_pretrained(media / "photos", backend="pil")
+    with torch.no_grad():
+        pixels = processor([image.read(path) for path in PICTURES], return_tensors="pt")
+        best = eager(**pixels).logits.argmax(-1).tolist()
+    given = [(label + (number % 3 == 0)) % 9 for number, label in enumerate(best)]
+    shutil.copytree(Path(PICTURES[0]).parent, tmp_path / "in")
+    lines = [
+        {"image": f"in/{Path(path).name}", "label": f"LABEL_{label}" if label % 2 else label}
+        for path, label in zip(PICTURES, given, strict=True)
+    ]
+    config = config_of(media, "photos")
+    data = labelled.read(write(tmp_path, lines), "image-classification", config)
+    assert list(data.items) == [str(tmp_path / line["image"]) for line in lines]
+    found = judge("image-classification", config, data, tmp_path)(asked(media, "photos", data, artifact))
+    names = [[{f"LABEL_{label}"} for label in labels] for labels in (given, best)]
+    assert found == {"accuracy": pytest.approx(4 / 6), "f1_macro": pytest.approx(metrics.f1(names[0], names[1]))}
+
+
+@pytest.mark.parametrize("artifact", [False, True])
+def test_sounds(media: Path, tmp_path: Path, artifact: bool) -> None:
+    import torch
+    from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+
+    eager = AutoModelForAudioClassification.from_pretrained(media / "sounds").eval()
+    extractor = AutoFeatureExtractor.from_pretrained(media / "sounds")
+    best = []
+    for path in RECORDINGS:
+        with torch.no_grad():
+            inputs = extractor(audio.read(path)[0], sampling_rate=16000, return_tensors="pt")
+            best.append(int(eager(**inputs).logits.argmax()))
+    given = [(best[0] + 1) % 9, *best[1:]]
+    lines = [{"audio": path, "label": label} for path, label in zip(RECORDINGS, given, strict=True)]
+    config = config_of(media, "sounds")
+    data = labelled.read(write(tmp_path, lines), "audio-classification", config)
+    found = judge("audio-classification", config, data, tmp_path)(asked(media, "sounds", data, artifact))
+    assert found["accuracy"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("artifact", [False, True])
+def test_speech(media: Path, tmp_path: Path, artifact: bool) -> None:
+    texts = heard(media)
+    lines = [{"audio": path, "text": text.lower() + "!"} for path, text in zip(RECORDINGS, texts, strict=True)]
+    lines[1]["text"] = f"one more {texts[1]}"
+    config = config_of(media, "speech")
+    data = labelled.read(write(tmp_path, lines), "automatic-speech-recognition", config)
+    answers = asked(media, "speech", data, artifact)
+    assert [answer["text"] for answer in answers] == texts
+    words = sum(len(text.split()) for text in texts) + 2
+    assert judge("automatic-speech-recognition", config, data, tmp_path)(answers) == {"wer": pytest.approx(2 / words)}
+
+
+def test_less_is_better_of_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fall("wer", 0.2, 0.25) == pytest.approx(0.05)
+    assert fall("f1", 0.2, 0.25) == pytest.approx(-0.05)
+    scores = [Score("eager fp32", {"wer": 0.2}, 1, 1), Score("b", {"wer": 0.25}, 1, 1, {"wer": 0.05})]
+    assert worse(scores, 0.01) == ["b: wer is 0.2500, 0.0500 above the original's"]
+    assert _table(scores).splitlines()[2].split()[:3] == ["b", "0.2500", "+0.0500"]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "says"),
+    [
+        ("photos", {"image": "none.jpg", "label": 1}, ":1: none.jpg: no such file; paths are relative to the data file"),
+        ("photos", {"image": "", "label": 1}, ":1: field 'image' is missing, empty"),
+        ("photos", {"image": "a.jpg", "label": "cat"}, ":1: the model knows no label 'cat'; it has LABEL_0"),
+        ("photos", {"image": "a.jpg", "label": [1]}, ":1: has a list of labels"),
+        ("sounds", {"image": "a.jpg", "label": 1}, ":1: field 'audio' is missing"),
+        ("speech", {"audio": "a.wav"}, ":1: field 'text' is missing"),
+        ("speech", {"audio": "a.wav", "text": "…!"}, ":1: field 'text' holds no word"),
+        ("captions", {"image": "a.jpg", "label": 1}, "there is no metric for zero-shot-image-classification"),
+    ],
+)
+def test_bad_lines_of_media(media: Path, tmp_path: Path, name: str, line: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        labelled.read(write(tmp_path, [line]), MEDIA[name][1], config_of(media, name))
+    assert says in str(caught.value)
+
+
+def test_the_command_on_sound(media: Path, tmp_path: Path) -> None:
+    """Sound at another rate is said once, however many subjects hear it; a file that is no sound ends it in one line."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(2):
+        sound.write(folder / f"{number}.wav", sound.tone(300 + 200 * number, 44100, 0.3), 44100)
+    data = write(folder, [{"audio": f"{number}.wav", "text": "one two"} for number in range(2)])
+    command = (
+        "evaluate",
+        release_of(media, "speech"),
+        "--data",
+        data,
+        "--source",
+        f"path:{media / 'speech'}",
+        "--threads",
+        "1",
+    )
+    done = run_command(tmp_path, tmp_path, *command, "--json")
+    assert done.returncode == 0, done.stderr
+    eager, same = json.loads(done.stdout)["scores"]
+    assert eager["metrics"] == same["metrics"]
+    assert same["drop"] == {"wer": 0.0}
+    assert done.stderr.count("sound at 44100 Hz is resampled to the model's 16000 Hz") == 1
+    (folder / "1.wav").write_bytes(b"")
+    assert "1.wav: not a sound that can be read (empty" in error_line(run_command(tmp_path, tmp_path, *command))

@@ -62,3 +62,29 @@ def test_labels_as_scikit_learn() -> None:
 )
 def test_squad_as_published(answers: list[str], guess: str, exact: float, words: float) -> None:
     assert metrics.squad([answers], [guess]) == {"exact_match": exact, "f1": words}
+
+
+def test_word_error_rate() -> None:
+    # The example of the metric in Hugging Face's evaluate and in torchmetrics, with their figure.
+    predicted = ["this is the prediction", "there is an other sample"]
+    expected = ["this is the reference", "there is another one"]
+    assert metrics.word_error_rate(expected, predicted) == 0.5
+    # Morris, Maier and Green (2004): the rate has no upper limit.
+    assert metrics.word_error_rate(["one"], ["two three four"]) == 3.0
+    assert metrics.word_error_rate(["one two"], [""]) == 1.0
+    assert metrics.word_error_rate(["one two"], ["ONE two"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "distance"),
+    [("kitten", "sitting", 3), ("saturday", "sunday", 3), ("intention", "execution", 5), ("", "abc", 3), ("abc", "", 3)],
+)
+def test_edits(one: str, other: str, distance: int) -> None:
+    """The textbooks' pairs: Wikipedia's, and Jurafsky and Martin's."""
+    assert metrics.edits(one, other) == metrics.edits(other, one) == distance
+
+
+def test_words_as_they_sound() -> None:
+    assert metrics.spoken("Don't stop, it’s «OK» – 3.5 %!") == ["don't", "stop", "it's", "ok", "3", "5"]
+    assert metrics.spoken("STRASSE Straße हिन्दी 'quoted'") == ["strasse", "strasse", "हिन्दी", "quoted"]
+    assert metrics.spoken(" … ") == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 
 import compiler
 from compiler.cli import main
-from tests.releases import SHORT, TEXTS, release_of
+from tests.modalities.test_audio import tone, write
+from tests.releases import PICTURES, RECORDINGS, SHORT, TEXTS, release_of
 
 pytestmark = pytest.mark.usefixtures("plain_torchscript")
 
@@ -182,3 +184,123 @@ def test_bad_files(run: Run, tmp_path: Path, suffix: str, content: bytes, says: 
 )
 def test_usage(run: Run, arguments: tuple[str, ...]) -> None:
     assert run("classes", *arguments)[0] == 2
+
+
+@pytest.fixture
+def run_media(media: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+    """`compile run` of a release of images, sound or choices."""
+
+    def go(name: str, *arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main(["run", str(release_of(media, name)), "--format", "torchscript", *map(str, arguments)])
+        out, err = capfd.readouterr()
+        return int(str(left.value.code)), out, err
+
+    return go
+
+
+def test_an_image(run_media: Run, media: Path) -> None:
+    pipe = compiler.pipeline("image-classification", release_of(media, "photos"), format="torchscript")
+    expected = pipe(PICTURES[:2], top_k=3)
+    both = ("--image", PICTURES[0], "--image", PICTURES[1])
+    code, out, err = run_media("photos", *both)
+    assert (code, err.strip()) == (0, "photos 1.0.0: torchscript fp32, as asked")
+    assert out.splitlines() == [f"{one[0]['label']}  {one[0]['score']:.4f}" for one in expected]
+    assert run_media("photos", *both, "--top-k", "3")[1].splitlines() == [
+        f"{label['label']}  {label['score']:.4f}" for one in expected for label in one
+    ]
+    answers = results(run_media, "photos", *both, "--top-k", "3")
+    assert [one[0]["label"] for one in answers] == [one[0]["label"] for one in expected]
+    vectors = run_media("patches", "--image", PICTURES[0])[1]
+    assert re.fullmatch(r"20 × 1 × 1 values: (-?\d+\.\d{4} ){6}…\n", vectors)
+
+
+def test_labels_of_an_image(run_media: Run, media: Path) -> None:
+    pipe = compiler.pipeline("zero-shot-image-classification", release_of(media, "captions"))
+    expected = pipe(PICTURES[0], candidate_labels=["boat", "house"])
+    code, out, _ = run_media("captions", "--image", PICTURES[0], "--label", "boat", "--label", "house")
+    assert code == 0
+    assert out.splitlines() == [f"{one['label']}  {one['score']:.4f}" for one in expected]
+
+
+def test_a_sound(run_media: Run, media: Path) -> None:
+    for name in ("sounds", "speech"):
+        pipe = compiler.pipeline(None, release_of(media, name))
+        expected = pipe(RECORDINGS[0])
+        code, out, _ = run_media(name, "--audio", RECORDINGS[0])
+        assert code == 0
+        line = expected["text"] if name == "speech" else f"{expected[0]['label']}  {expected[0]['score']:.4f}"
+        assert out == line + "\n"
+
+
+def test_a_choice(run_media: Run) -> None:
+    given = ("--text", "She watered the seedlings, so", "--label", "they grew.", "--label", "the train was late.")
+    code, out, _ = run_media("choices", *given)
+    assert code == 0
+    assert sorted(line.rpartition("  ")[0] for line in out.splitlines()) == ["the train was late.", "they grew."]
+    assert re.fullmatch(r".+  0\.\d{4}", out.splitlines()[0])
+
+
+def test_files_of_paths(run_media: Run, tmp_path: Path) -> None:
+    """Relative to the file that names them, in its order; a warning stands once, however many sounds are of another rate."""
+    (tmp_path / "in").mkdir()
+    shutil.copy(PICTURES[0], tmp_path / "in/one.jpg")
+    for number, rate in enumerate((44100, 16000, 44100)):
+        write(tmp_path / f"in/{number}.wav", tone(300 + 200 * number, rate, 0.2 + number / 10), rate)
+    (tmp_path / "images.txt").write_text(f"in/one.jpg\n{PICTURES[1]}\n")
+    found = results(run_media, "photos", "--file", tmp_path / "images.txt")
+    both = results(run_media, "photos", "--image", PICTURES[0], "--image", PICTURES[1])
+    assert [one[0]["label"] for one in found] == [one[0]["label"] for one in both]
+    with_texts = [{"image": "in/one.jpg", "texts": ["boat", "house"]}, {"image": PICTURES[1], "texts": ["a", "b", "c"]}]
+    (tmp_path / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in with_texts))
+    assert [len(one) for one in results(run_media, "captions", "--file", tmp_path / "images.jsonl")] == [2, 3]
+    (tmp_path / "bare.jsonl").write_text('{"image": "in/one.jpg"}\n')
+    for name in ("images.txt", "images.jsonl", "bare.jsonl"):
+        given = ("--file", tmp_path / name, "--label", "boat", "--label", "hill")
+        for answer in results(run_media, "captions", *given):
+            assert sorted(one["label"] for one in answer) == ["boat", "hill"]
+    (tmp_path / "sounds.jsonl").write_text("".join(json.dumps({"audio": f"in/{n}.wav"}) + "\n" for n in range(3)))
+    code, out, err = run_media("speech", "--file", tmp_path / "sounds.jsonl")
+    assert code == 0
+    assert err.count("warning: ") == err.count("sound at 44100 Hz is resampled to the model's 16000 Hz") == 1
+    alone = [run_media("speech", "--audio", tmp_path / f"in/{n}.wav")[1] for n in range(3)]
+    assert out == "".join(alone)
+    choice = {"text": "She watered the seedlings, so", "choices": ["they grew.", "the train was late."]}
+    (tmp_path / "choices.jsonl").write_text(json.dumps(choice) + "\n")
+    assert [one["label"] for one in results(run_media, "choices", "--file", tmp_path / "choices.jsonl")[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("photos", ("--image", "none.jpg"), "none.jpg: not an image that can be read"),
+        ("photos", ("--image", __file__), "test_run.py: not an image that can be read"),
+        ("photos", ("--text", "a boat"), "--text: photos 1.0.0 is for image-classification; give --image"),
+        ("photos", ("--audio", "a.wav"), "--audio: photos 1.0.0 is for image-classification; give --image"),
+        ("photos", ("--image", "a.jpg", "--task", "text-classification"), "has no head for it"),
+        ("photos", ("--image", "a.jpg", "--label", "boat"), "--label: is for zero-shot-image-classification"),
+        ("photos", ("--image", "a.jpg", "--no-answer"), "is for question-answering"),
+        ("captions", ("--image", PICTURES[0]), "candidate_labels are missing"),
+        (
+            "captions",
+            ("--image", PICTURES[0], "--label", "a", "--top-k", "2"),
+            "--top-k: zero-shot-image-classification",
+        ),
+        ("speech", ("--audio", __file__), "test_run.py: not a sound that can be read"),
+        ("speech", ("--image", "a.jpg"), "--image: speech 1.0.0 is for automatic-speech-recognition; give --audio"),
+        ("speech", ("--audio", "a.wav", "--top-k", "2"), "--top-k: automatic-speech-recognition has one answer"),
+        ("choices", ("--text", "a", "--label", "b"), "choices: a list of two or more"),
+        ("choices", ("--text", "a"), "choices: a list of two or more"),
+    ],
+)
+def test_bad_media(run_media: Run, name: str, arguments: tuple[str, ...], says: str) -> None:
+    code, out, err = run_media(name, *arguments)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: ")
+    assert says in err.splitlines()[-1]
+
+
+def test_media_for_a_release_of_text(run: Run) -> None:
+    code, out, err = run("classes", "--image", PICTURES[0])
+    assert (code, out) == (1, "")
+    assert "--image: classes 1.0.0 is for text-classification; give --text" in err.splitlines()[-1]

@@ -106,7 +106,7 @@ def read(path: str) -> tuple[np.ndarray[Any, Any], int]:
             width, channels, rate = stream.getsampwidth(), stream.getnchannels(), stream.getframerate()
             content = stream.readframes(stream.getnframes())
     except (wave.Error, EOFError, OSError) as error:
-        raise ConfigError(f"{path}: not a sound that can be read ({error or 'cut short'}); {advice}") from error
+        raise ConfigError(f"{path}: not a sound that can be read ({str(error) or 'empty, or cut short'}); {advice}") from error
     content = content[: len(content) - len(content) % (width * channels)]
     if not content or not rate:
         raise ConfigError(f"{path}: holds no sound; {advice}")

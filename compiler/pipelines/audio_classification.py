@@ -10,7 +10,7 @@ from compiler.pipelines.base import Pipeline
 
 TASK = "audio-classification"
 # `top_k` labels, all for None. `function_to_apply`: softmax, sigmoid or none.
-OPTIONS: Mapping[str, Any] = {"top_k": 5, "function_to_apply": None}
+OPTIONS: Mapping[str, Any] = {"top_k": None, "function_to_apply": None}
 prepare, items, features, size, collate, rows = (
     sounds.prepare, sounds.items, sounds.features, sounds.size, sounds.collate, sounds.rows,
 )  # fmt: skip
