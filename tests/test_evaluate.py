@@ -386,27 +386,19 @@ def test_bad_lines_of_media(media: Path, tmp_path: Path, name: str, line: dict[s
 
 
 def test_the_command_on_sound(media: Path, tmp_path: Path) -> None:
-    """Sound at another rate is said once, however many subjects hear it; a file that is no sound ends it in one line."""
+    """Sound at another rate is said once, however many subjects hear it; a file that is no sound is one line of error."""
     folder = tmp_path / "in"
     folder.mkdir()
     for number in range(2):
         sound.write(folder / f"{number}.wav", sound.tone(300 + 200 * number, 44100, 0.3), 44100)
     data = write(folder, [{"audio": f"{number}.wav", "text": "one two"} for number in range(2)])
-    command = (
-        "evaluate",
-        release_of(media, "speech"),
-        "--data",
-        data,
-        "--source",
-        f"path:{media / 'speech'}",
-        "--threads",
-        "1",
-    )
-    done = run_command(tmp_path, tmp_path, *command, "--json")
+    given = ("--data", data, "--source", f"path:{media / 'speech'}", "--threads", "1", "--json")
+    done = run_command(tmp_path, tmp_path, "evaluate", release_of(media, "speech"), *given)
     assert done.returncode == 0, done.stderr
     eager, same = json.loads(done.stdout)["scores"]
     assert eager["metrics"] == same["metrics"]
     assert same["drop"] == {"wer": 0.0}
     assert done.stderr.count("sound at 44100 Hz is resampled to the model's 16000 Hz") == 1
     (folder / "1.wav").write_bytes(b"")
-    assert "1.wav: not a sound that can be read (empty" in error_line(run_command(tmp_path, tmp_path, *command))
+    with pytest.raises(InputError, match=r"1\.wav: not a sound that can be read \(empty"):
+        asked(media, "speech", labelled.read(data, "automatic-speech-recognition", config_of(media, "speech")), True)
