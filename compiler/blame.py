@@ -1,6 +1,6 @@
 """Blame: the first layer of an artifact whose output departs from the original's.
 
-One text without padding goes through both. The artifact gives what it computes on the way (`Backend.inner`), the eager model
+One text without padding, one image or one sound goes through both. The artifact gives what it computes on the way (`Backend.inner`), the eager model
 what each module returns. A module's counterpart is found by content, among the values of its size that come after the
 counterpart of the layer before: names do not survive in every format.
 
@@ -28,6 +28,7 @@ from compiler.manifest import SAMPLES, Manifest
 from compiler.numerics import Array, Case
 from compiler.samples import NONE, read_cases
 from compiler.store import Store, scratch, writing
+from compiler.tasks import TASKS
 from compiler.types import Artifact, Event, Snapshot
 from compiler.verify import Validation, find_original, known_samples
 from compiler.workers import LOAD_THREADS, THREADS
@@ -122,7 +123,8 @@ def blame(
     from compiler.stages.load import load
 
     backend = BACKENDS[artifact.format]
-    case = choose(read_cases(samples, known))
+    textual = TASKS[task].modality == "text"
+    case = (choose if textual else smallest)(read_cases(samples, known))
     module = load(snapshot, task, aside=aside, **options).module
     plain = trace(module, case.inputs)
     shipped = backend.open(root, artifact, THREADS)(case.inputs)
@@ -132,7 +134,7 @@ def blame(
     if not values:
         raise StageError(f"blame {artifact.format} {artifact.precision}: the file has no inner value of any layer's size")
     walk = Walk(module, case, values, outputs, ALLOWED.get(artifact.precision, ALLOWED_ELSE))
-    calls = layers(module, plain.records, case.mask.size)
+    calls = layers(module, plain.records, case.mask.size if textual else None)
     before = input_of(plain.records, calls[0]) if calls else None
     ends = align(walk, [*([before] if before else []), *calls])
     last = trace(module, case.inputs, lambda record: ends[record.key].instead if record.key in ends else None)
@@ -143,7 +145,7 @@ def blame(
     return Blame(
         artifact.format,
         artifact.precision,
-        f"sample {case.name!r} ({'x'.join(map(str, case.mask.shape))})",
+        f"sample {case.name!r} ({'x'.join(map(str, case.shape))})",
         walk.allowed,
         rows,
         modules,
@@ -165,6 +167,16 @@ def choose(cases: Sequence[Case]) -> Case:
     if alone:
         return min(alone, key=lambda case: case.mask.size)
     raise StageError("blame: the release has no sample of one text without padding")
+
+
+def smallest(cases: Sequence[Case]) -> Case:
+    """The smallest sample of one image or sound, without padding. Raises StageError when there is none."""
+    alone = [case for case in cases if all(len(value) == 1 for value in case.inputs.values()) and case.mask.all()]
+    if not alone:
+        raise StageError(
+            "blame: the release has no sample of one input alone; put 1 into shapes: {batch: […]}, and build again"
+        )
+    return min(alone, key=lambda case: sum(value.size for value in case.inputs.values()))
 
 
 def returns(records: Iterable[Record]) -> dict[Key, Array]:

@@ -103,15 +103,21 @@ def trace(
     return Trace(records, outputs)
 
 
-def layers(module: torch.nn.Module, records: list[Record], tokens: int) -> list[Key]:
-    """The calls of a model's layers: of the modules of its outermost lists that return something for each token."""
+def layers(module: torch.nn.Module, records: list[Record], tokens: int | None) -> list[Key]:
+    """The calls of a model's layers: of the modules of its outermost lists that return something for each token; all of
+    those modules where there are no tokens."""
     import torch
+    from torch.nn.utils.parametrize import ParametrizationList
 
     names: set[str] = set()
     for name, part in module.named_modules():
+        if isinstance(part, ParametrizationList):  # a weight that is computed
+            continue
         if isinstance(part, torch.nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in names):
             names.update(f"{name}.{child}" for child, _ in part.named_children())
     found = [record for record in records if not record.taken and record.key.module in names]
+    if tokens is None:
+        return [record.key for record in found]
     sizes = Counter(record.content.size for record in found)
     most = max(sizes, key=lambda size: (sizes[size], size), default=0)
     return [record.key for record in found if record.content.size == most and most % tokens == 0]

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from compiler.backends import BACKENDS, onnx
-from compiler.blame import Blame, Departure, Row, blame, choose
+from compiler.blame import Blame, Departure, Row, blame, choose, smallest
 from compiler.build import Build, Context
 from compiler.cli.output import print_blame
 from compiler.config import read
@@ -29,7 +29,9 @@ from compiler.spine import plan_model
 from compiler.stages.load import SAMPLES, load
 from compiler.store import Store
 from compiler.types import Artifact, Target
+from compiler.verify import find_original, known_samples, open_release
 from tests.conftest import Command, build_folder, error_line, seal
+from tests.releases import release_of
 from tests.test_contract import PRECISIONS, Prepared
 
 # Sizes of which none is another, nor a multiple of it.
@@ -339,3 +341,49 @@ def test_a_gate_that_fails_names_the_layer(tmp_path: Path, release: Path) -> Non
         assert "blame openvino fp32 failed" in steps
         assert "model.safetensors" in json.loads((kept / "openvino_fp32.json").read_bytes())["blame"]["error"]
     assert not list((tmp_path / "other/.build/tiny/1.0.0").glob("scratch-*"))
+
+
+@pytest.mark.usefixtures("plain_torchscript")
+@pytest.mark.parametrize(
+    ("name", "format", "weights", "layer"),
+    [
+        ("photos", "torchscript", "vit.encoder.layer.1.output.dense", "vit.layers.1"),
+        ("photos", "onnx", "vit.encoder.layer.0.intermediate.dense", "vit.layers.0"),
+        ("patches", "torchscript", "resnet.encoder.stages.2.layers.0.layer.1.convolution", "resnet.encoder.stages.2"),
+        ("speech", "torchscript", "wav2vec2.feature_extractor.conv_layers.1.conv", "wav2vec2.feature_extractor.conv_layers.1"),
+        ("speech", "torchscript", "wav2vec2.encoder.layers.1.feed_forward.output_dense", "wav2vec2.encoder.layers.1"),
+        ("captions", "torchscript", "text_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0"),
+    ],
+)
+def test_images_and_sound(media: Path, tmp_path: Path, name: str, format: str, weights: str, layer: str) -> None:
+    root = Path(shutil.copytree(release_of(media, name), tmp_path / "release"))
+    manifest, validation = open_release(root)
+    artifact = next(one for one in manifest.artifacts if one.format == format)
+    snapshot = find_original(root, manifest, None, {"trust_remote_code": False, "allow_pickle": False}, media)
+    known = known_samples(root, manifest, validation)
+
+    def look(aside: str) -> Blame:
+        (tmp_path / aside).mkdir()
+        return blame(tmp_path / aside, root, artifact, snapshot, manifest.task, root / SAMPLES, known, {})
+
+    sound = look("sound")
+    assert sound.departs is None, sound.verdict
+    assert not [row for row in sound.layers if "parametrizations" in row.layer]
+    held = [row for row in sound.layers if row.own is not None and row.own < sound.allowed / 4]
+    assert layer in [row.layer for row in held]
+    saved = load_file(media / name / "model.safetensors")
+    matrix = saved.get(f"{weights}.weight", saved.get(f"{weights.partition('.')[2]}.weight"))
+    assert matrix is not None, list(saved)
+    spoil(root, artifact, matrix, reverse)
+    found = look("spoiled")
+    assert found.departs is not None
+    assert layer.endswith(found.departs.within)
+    assert [row.layer for row in found.layers if row.own is not None and row.own > found.allowed] == [found.departs.within]
+
+
+def test_no_input_alone() -> None:
+    pixels = np.zeros((2, 3, 4, 4), dtype=np.float32)
+    cases = [Case("images", {"pixel_values": pixels}), Case("images", {"pixel_values": pixels[:1]})]
+    assert smallest(cases) is cases[1]
+    with pytest.raises(StageError, match=r"no sample of one input alone; put 1 into shapes: \{batch"):
+        smallest(cases[:1])

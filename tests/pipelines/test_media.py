@@ -8,6 +8,8 @@ import itertools
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -338,3 +340,20 @@ def test_an_image_is_turned_as_its_camera_says(opened: Callable[[str], Any], tmp
     exif[0x0112] = 3  # upside down
     picture.rotate(180).save(tmp_path / "turned.png", exif=exif)
     agree(pipe(str(tmp_path / "turned.png")), pipe(picture))
+
+
+NO_TORCH = """
+import sys
+sys.modules["torch"] = None
+import compiler
+folder, picture = sys.argv[1:]
+print(compiler.pipeline(None, folder, format="onnx")(picture)[0]["label"])
+"""
+
+
+def test_without_torch(media: Path, opened: Callable[[str], Any]) -> None:
+    """transformers' processors import torch where it is installed, and do without where it is not."""
+    script = [sys.executable, "-c", NO_TORCH, str(release_of(media, "photos")), PICTURES[0]]
+    ran = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == compiler.pipeline(None, opened("photos"))(PICTURES[0])[0]["label"]
