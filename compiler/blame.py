@@ -1,8 +1,8 @@
 """Blame: the first layer of an artifact whose output departs from the original's.
 
-One text without padding, one image or one sound goes through both. The artifact gives what it computes on the way (`Backend.inner`), the eager model
-what each module returns. A module's counterpart is found by content, among the values of its size that come after the
-counterpart of the layer before: names do not survive in every format.
+One text without padding, one image or one sound goes through both. The artifact gives what it computes on the way
+(`Backend.inner`), the eager model what each module returns. A module's counterpart is found by content, among the values of
+its size that come after the counterpart of the layer before: names do not survive in every format.
 
 From each layer on, the original goes on with what the artifact gave, so that a layer's *own* error holds nothing of what the
 layers before it lost. A layer departs when its own error is more than `ALLOWED`; that one is then looked into, module by
@@ -173,9 +173,7 @@ def smallest(cases: Sequence[Case]) -> Case:
     """The smallest sample of one image or sound, without padding. Raises StageError when there is none."""
     alone = [case for case in cases if all(len(value) == 1 for value in case.inputs.values()) and case.mask.all()]
     if not alone:
-        raise StageError(
-            "blame: the release has no sample of one input alone; put 1 into shapes: {batch: […]}, and build again"
-        )
+        raise StageError("blame: the release has no sample of one input alone; put 1 into shapes: {batch: …}, build again")
     return min(alone, key=lambda case: sum(value.size for value in case.inputs.values()))
 
 
