@@ -161,6 +161,12 @@ def _convolutions(config: Config) -> list[tuple[int, int]] | None:
     return list(zip(kernels, strides, strict=True))
 
 
+def samples_per_frame(config: Config) -> int | None:
+    """By how many samples a model's frames are apart; None where its config does not tell."""
+    convolutions = _convolutions(config)
+    return None if convolutions is None else math.prod(stride for _, stride in convolutions)
+
+
 def shapes(inputs: Mapping[str, np.ndarray[Any, Any]], signature: Sequence[Tensor]) -> str:
     """A batch, for a reader: `2 × 5 tokens`, or its main input and its shape."""
     main = signature[0].name

@@ -231,6 +231,8 @@ def test_a_sound(run_media: Run, media: Path) -> None:
         assert code == 0
         line = expected["text"] if name == "speech" else f"{expected[0]['label']}  {expected[0]['score']:.4f}"
         assert out == line + "\n"
+    pieces = compiler.pipeline(None, release_of(media, "speech"))(RECORDINGS[0], chunk_length_s=0.5)
+    assert run_media("speech", "--audio", RECORDINGS[0], "--chunk-seconds", "0.5")[1] == pieces["text"] + "\n"
 
 
 def test_a_choice(run_media: Run) -> None:
@@ -288,6 +290,7 @@ def test_files_of_paths(run_media: Run, tmp_path: Path) -> None:
         ),
         ("speech", ("--audio", __file__), "test_run.py: not a sound that can be read"),
         ("speech", ("--image", "a.jpg"), "--image: speech 1.0.0 is for automatic-speech-recognition; give --audio"),
+        ("sounds", ("--audio", "a.wav", "--chunk-seconds", "2"), "--chunk-seconds: is for automatic-speech-recognition"),
         ("speech", ("--audio", "a.wav", "--top-k", "2"), "--top-k: automatic-speech-recognition has one answer"),
         ("choices", ("--text", "a", "--label", "b"), "choices: a list of two or more"),
         ("choices", ("--text", "a"), "choices: a list of two or more"),

@@ -51,6 +51,11 @@ tokens_option = click.option(
 )
 @click.option("--image", "images", multiple=True, help="The path of an image; may be given again.")
 @click.option("--audio", "sounds", multiple=True, help="The path of a WAV file; may be given again.")
+@click.option(
+    "--chunk-seconds",
+    type=click.FloatRange(0.1),
+    help="Hear long speech in pieces of so many seconds, which overlap: memory grows with the square of a piece.",
+)
 @click.option("--label", "labels", multiple=True, help="What an image may show, or how a text may go on; given several times.")
 @click.option("--task", help="sentence-embedding, feature-extraction or sentence-similarity, where a release does several.")
 @click.option("--top-k", type=click.IntRange(1), help="So many answers; all labels of a text are --top-k 1000.")
@@ -70,6 +75,7 @@ def run(
     file: Path | None,
     images: tuple[str, ...],
     sounds: tuple[str, ...],
+    chunk_seconds: float | None,
     labels: tuple[str, ...],
     task: str | None,
     top_k: int | None,
@@ -107,7 +113,7 @@ def run(
     elif labels and (name != "multiple-choice" or file):
         raise InputError(f"--label: is for zero-shot-image-classification, and multiple-choice with --text; this is {name}")
     pipe = pipeline(name, model, batch_tokens=batch_tokens, **given_options)
-    options = _options(pipe, top_k, no_answer)
+    options = _options(pipe, top_k, no_answer, chunk_seconds)
     if file is not None:
         given = _read(file, pipe, bool(labels))
     elif images or sounds:
@@ -163,8 +169,12 @@ def _check_kind(model: CompiledModel, given: Mapping[str, bool]) -> None:
         raise InputError(f"--{wrong[0]}: {where} is for {task}; give --{wanted}")
 
 
-def _options(pipe: Pipeline, top_k: int | None, no_answer: bool) -> dict[str, Any]:
+def _options(pipe: Pipeline, top_k: int | None, no_answer: bool, chunk_seconds: float | None) -> dict[str, Any]:
     given: dict[str, Any] = {}
+    if chunk_seconds is not None:
+        if "chunk_length_s" not in pipe.kind.OPTIONS:
+            raise InputError(f"--chunk-seconds: is for automatic-speech-recognition, and this is {pipe.task}")
+        given["chunk_length_s"] = chunk_seconds
     if top_k is not None:
         if "top_k" not in pipe.kind.OPTIONS:
             scored = pipe.task in ("zero-shot-image-classification", "multiple-choice")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 from compiler.errors import ConfigError, InputError
@@ -70,11 +70,11 @@ def samples(pipe: Pipeline, extractor: Any, item: Any) -> Samples:
     return audio.resample(sound, rate, wanted)
 
 
-def size(feature: Samples) -> int:
+def size(feature: Sized) -> int:
     return -(-len(feature) // FRAME)
 
 
-def group(pipe: Pipeline, feature: Samples) -> Hashable:
+def group(pipe: Pipeline, feature: Sized) -> Hashable:
     """Only a model with a mask, whose frames can be counted, answers beside padding as it does without."""
     names = {tensor.name for tensor in pipe.model.manifest.signature.inputs}
     masked = "attention_mask" in names and frames(len(feature), pipe.model.config) is not None
@@ -86,7 +86,7 @@ def collate(pipe: Pipeline, features: Sequence[Samples]) -> dict[str, np.ndarray
 
 
 def rows(
-    pipe: Pipeline, outputs: Mapping[str, np.ndarray[Any, Any]], features: Sequence[Samples]
+    pipe: Pipeline, outputs: Mapping[str, np.ndarray[Any, Any]], features: Sequence[Sized]
 ) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
     """Each sound's part of the outputs; of those that answer for each frame, the real ones."""
     aligned = {tensor.name for tensor in pipe.model.manifest.signature.outputs if tensor.shape[1:2] == ("frames",)}

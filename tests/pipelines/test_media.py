@@ -87,6 +87,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("sounds", {}),
     ("sounds", {"top_k": 2, "function_to_apply": "none"}),
     ("speech", {}),
+    ("speech", {"chunk_length_s": 0.3}),
+    ("speech", {"chunk_length_s": 0.4, "stride_length_s": [0.1, 0.05]}),
 ]
 
 
@@ -264,6 +266,9 @@ NO_IMAGE = "not an image that can be read"
         ("sounds", np.full(4000, np.nan), {}, "a sound is empty, or holds values that are no numbers"),
         ("sounds", np.zeros(80), {}, "a sound of 80 samples is too short: the model takes 105 or more"),
         ("speech", np.zeros(80), {}, "a sound of 80 samples is too short"),
+        ("speech", sounds()[3], {"chunk_length_s": 0.1, "stride_length_s": 0.05}, "longer than both its overlaps"),
+        ("speech", sounds()[3], {"chunk_length_s": -1}, "longer than both its overlaps"),
+        ("speech", sounds()[3], {"chunk_length_s": "1"}, "chunk_length_s: '1' with stride_length_s None; both are numbers"),
     ],
 )
 def test_bad_input(
