@@ -282,18 +282,19 @@ def test_files_of_paths(run_media: Run, tmp_path: Path) -> None:
         ("photos", ("--image", "a.jpg", "--task", "text-classification"), "has no head for it"),
         ("photos", ("--image", "a.jpg", "--label", "boat"), "--label: is for zero-shot-image-classification"),
         ("photos", ("--image", "a.jpg", "--no-answer"), "is for question-answering"),
-        ("captions", ("--image", PICTURES[0]), "candidate_labels are missing"),
+        ("captions", ("--image", PICTURES[0]), "--label: is missing: what may the image show?"),
         (
             "captions",
             ("--image", PICTURES[0], "--label", "a", "--top-k", "2"),
             "--top-k: zero-shot-image-classification",
         ),
+        ("captions", ("--file", "images.txt"), "--label: is missing"),
         ("speech", ("--audio", __file__), "test_run.py: not a sound that can be read"),
         ("speech", ("--image", "a.jpg"), "--image: speech 1.0.0 is for automatic-speech-recognition; give --audio"),
         ("sounds", ("--audio", "a.wav", "--chunk-seconds", "2"), "--chunk-seconds: is for automatic-speech-recognition"),
         ("speech", ("--audio", "a.wav", "--top-k", "2"), "--top-k: automatic-speech-recognition has one answer"),
-        ("choices", ("--text", "a", "--label", "b"), "choices: a list of two or more"),
-        ("choices", ("--text", "a"), "choices: a list of two or more"),
+        ("choices", ("--text", "a", "--label", "b"), "--label: is given for each choice, two or more times"),
+        ("choices", ("--text", "a"), "--label: is given for each choice, two or more times"),
     ],
 )
 def test_bad_media(run_media: Run, name: str, arguments: tuple[str, ...], says: str) -> None:

@@ -108,6 +108,7 @@ def run(
     name = task or asked or _usual_task(release, model.manifest.task, bool(pairs), pooling)
     given_options: dict[str, Any] = {"pooling": pooling} if pooling else {}
     _check_kind(model, {"text": bool(texts), "image": bool(images), "audio": bool(sounds)})
+    _check_labels(name, len(labels), bool(texts), file)
     if labels and name == "zero-shot-image-classification":
         given_options["candidate_labels"] = list(labels)
     elif labels and (name != "multiple-choice" or file):
@@ -167,6 +168,14 @@ def _check_kind(model: CompiledModel, given: Mapping[str, bool]) -> None:
     if wrong := [name for name, is_given in given.items() if is_given and name != wanted]:
         where = f"{model.manifest.name} {model.manifest.release}"
         raise InputError(f"--{wrong[0]}: {where} is for {task}; give --{wanted}")
+
+
+def _check_labels(task: str, labels: int, with_text: bool, file: Path | None) -> None:
+    """Make sure that there is something to choose from. Raises InputError."""
+    if task == "zero-shot-image-classification" and not labels and (file is None or file.suffix != ".jsonl"):
+        raise InputError("--label: is missing: what may the image show? It is given several times")
+    if task == "multiple-choice" and with_text and labels < 2:
+        raise InputError("--label: is given for each choice, two or more times; how may the text go on?")
 
 
 def _options(pipe: Pipeline, top_k: int | None, no_answer: bool, chunk_seconds: float | None) -> dict[str, Any]:

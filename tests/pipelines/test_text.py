@@ -168,7 +168,7 @@ def test_bad_input(opened: Callable[[str], Any], name: str, task: str, call: Cal
     ("arguments", "says"),
     [
         (("question-answering", "classes"), "has no head for it: BertForSequenceClassification does text-classification"),
-        (("translation", "classes"), "no such task; feature-extraction"),
+        (("translation", "classes"), "no such task; audio-classification"),
         (("sentence-embedding", "classes"), "has no head for it"),
     ],
 )
