@@ -105,6 +105,15 @@ def make_artifacts(folder: Path, snapshot: Snapshot, wanted: Iterable[str], tell
     return {name: folder / file for name, file in files.items()}
 
 
+def quantize_with_nncf(folder: Path, source: Path, snapshot: Snapshot, calibration: Path, tell: Callable[[str], None]) -> Path:
+    """NNCF's int8 of an OpenVINO file, calibrated on JSON lines; returns its path below `folder`."""
+    out = folder / "nncf/openvino_model.xml"
+    script = Path(__file__).parent / "nncf_peer.py"
+    tell("nncf.quantize")
+    _run([str(PYTHON), "-P", str(script), str(source), str(snapshot.root / "tokenizer.json"), str(calibration), str(out)])
+    return out
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, check=False)
     if done.returncode:

@@ -26,16 +26,20 @@ from compiler.hashing import canonical
 from compiler.manifest import MANIFEST, Made, Manifest, Source, differences, from_bytes
 from compiler.numerics import judge
 from compiler.plan import Plan, why
+from compiler.quantization.search import search
 from compiler.stages.export import export
 from compiler.stages.load import REFERENCE, SAMPLES, reference
 from compiler.stages.optimize import check_fusions
 from compiler.stages.package import package
+from compiler.stages.quantize import calibrate, predict
 from compiler.stages.validate import validate
 from compiler.store import Entry, Step, Store, remove, scratch, sweep, write_file, writing
 from compiler.types import Artifact, Event, File, Report, Signature, Target
 from compiler.verify import read_release, verify_files
 from compiler.workers import THREADS
 
+# What validation.json keeps of the samples' description.
+KNOWN = ("cases", "keep", "answering", "labels")
 # A build folder beside the releases: logs, what failed, and what is not finished.
 FOLDER = ".build"
 
@@ -83,6 +87,7 @@ class Build:
         self.folder = context.output / FOLDER / spec.name / spec.release
         self.log = self.folder / "build.log"
         self._entries: dict[str, Entry] = {}
+        self._refused: dict[str, str] = {}
         self._recalled: dict[str, Entry] = {}
         self._load_options = {
             "trust_remote_code": spec.trust_remote_code,
@@ -131,7 +136,8 @@ class Build:
             raise self._refusal(self._changes(manifest))
         made = {(artifact.format, artifact.precision): artifact.fusions for artifact in manifest.artifacts}
         for target in self.plan.validates:
-            self._check_fusions(target, made[target.format, target.precision])
+            if str(target) not in manifest.refused:
+                self._check_fusions(target, made[target.format, target.precision])
         self._tell("", "current", started)
         return Release(self.target, manifest, reports, made=False)
 
@@ -140,6 +146,10 @@ class Build:
         `package`, which hashes what it copies, raises DamagedError."""
         store = self.context.store
         found = {step.key: store.look(step, hashed=False) for step in self.plan.steps if step is not self.plan.package}
+        for target, step in self.plan.validates.items():
+            made = found[self.plan.exports[target].key]
+            if made is not None and "refused" in made.info:  # then there is nothing to validate
+                del found[step.key]
         self._recalled = {key: entry for key, entry in found.items() if entry is not None}
         if not self.context.use_cache or len(self._recalled) < len(found):
             self._recalled = {}
@@ -155,42 +165,66 @@ class Build:
         plan, shapes = self.plan, self.plan.spec.shapes
         return self._make(
             plan.load,
-            lambda out: self._run(
-                reference, out, plan.snapshot, plan.task, plan.texts.lines, shapes.batch, shapes.sequence, self._load_options
+            lambda out: self.run(
+                reference,
+                out,
+                plan.snapshot,
+                plan.task,
+                plan.texts.lines,
+                shapes.batch,
+                shapes.sequence,
+                self._load_options,
+                plan.texts.labels if plan.task == "text-classification" else None,
+                plan.calibrate is not None,
             ),
         )
 
+    def calibrate(self) -> Entry:
+        """Every layer in int8, and what each costs in accuracy: one for all formats."""
+        plan = self.plan
+        if (step := plan.calibrate) is None or (text := plan.calibration) is None:
+            raise ValueError(f"{plan.spec}: no target is int8")
+        arguments = (plan.snapshot, plan.task, self._load_options, text.samples, text.held, plan.bits)
+        return self._make(step, lambda out: self.run(calibrate, out, *arguments))
+
+    def predict(self) -> Entry:
+        """Where the search for a plan starts."""
+        plan = self.plan
+        if (step := plan.predict) is None:
+            raise ValueError(f"{plan.spec}: no target is int8")
+        calibrated, loaded = self.calibrate(), self.load()
+        texts = (plan.texts.lines, loaded.info["labels"])
+        arguments = (plan.snapshot, plan.task, self._load_options, *texts, calibrated.root, calibrated.info["groups"])
+        limits = plan.spec.budget.limits("int8")
+        return self._make(step, lambda out: self.run(predict, out, *arguments, limits, plan.rests))
+
     def export(self, target: Target) -> Entry:
         """A target's files; those that it is made from come first."""
+        if target.precision == "int8":
+            # What is fused was checked on the file that it is made of: a layer in int8 has other operators.
+            return self._make(self.plan.exports[target], lambda out: search(self, target, out))
         source = self.plan.source_of(target)
         origin = None if source is None else self.export(source).root
         arguments = (target, self.plan.snapshot, self.plan.task, self._load_options, origin)
-        entry = self._make(self.plan.exports[target], lambda out: self._run(export, out, *arguments))
-        if target in self.plan.validates:
+        entry = self._make(self.plan.exports[target], lambda out: self.run(export, out, *arguments))
+        low = [one for one in self.plan.validates if one.precision == "int8"]
+        if target in self.plan.validates or any(self.plan.base_of(one) == target for one in low):
             self._check_fusions(target, entry.info["fusions"])
         return entry
 
     def _check_fusions(self, target: Target, fired: Mapping[str, int]) -> None:
         check_fusions(f"{self.plan.spec}: {target}", fired, getattr(self.plan.spec.optimize.expect, target.format))
 
-    def validate(self, target: Target, exported: Entry, loaded: Entry) -> Candidate:
-        """A target's figures against the reference, and the verdict. One that does not pass is kept to be looked into."""
-        backend = BACKENDS[target.format]
-        source = self.plan.source_of(target)
-        artifact = Artifact(
-            format=target.format,
-            precision=target.precision,
-            files=_in_order(exported.files, backend.files(target.precision)),
-            runtime=backend.runtime(target.precision),
-            key=exported.key,
-            opset=exported.info["opset"],
-            fusions=exported.info["fusions"],
-            declined=(exported if source is None else self.export(source)).info["declined"],
-            fast_on=cpu.FAST_ON[target.precision],
-        )
+    def validate(self, target: Target, exported: Entry, loaded: Entry) -> Candidate | None:
+        """A target's figures against the reference, and the verdict; None for one that is left out. One that does not pass is
+        kept to be looked into."""
+        if "refused" in exported.info:
+            self._refused[str(target)] = exported.info["refused"]
+            return None
+        artifact = self.artifact(target, exported.files, exported.info, exported.key)
         arguments = (exported.root, artifact, loaded.root / SAMPLES, loaded.root / REFERENCE, loaded.info)
         try:
-            measured = self._make(self.plan.validates[target], lambda out: {"outputs": self._run(validate, *arguments)})
+            measured = self._make(self.plan.validates[target], lambda out: {"outputs": self.run(validate, *arguments)})
         except NumericsError as error:
             self._keep(artifact, exported, {"error": str(error)})
             raise
@@ -198,7 +232,27 @@ class Build:
         checks = judge(figures, self.plan.spec.budget.limits(target.precision))
         return Candidate(artifact, exported, figures, Report(target.format, target.precision, checks))
 
-    def side_by_side(self, work: Callable[[Target], Candidate]) -> list[Candidate]:
+    def artifact(self, target: Target, files: Sequence[File], info: Mapping[str, Any], key: str) -> Artifact:
+        """What the manifest says of a target's files. `info` is what the backend returned of them."""
+        backend = BACKENDS[target.format]
+        source = self.plan.source_of(target)
+        return Artifact(
+            format=target.format,
+            precision=target.precision,
+            files=_in_order(files, backend.files(target.precision)),
+            runtime=backend.runtime(self.plan.rest_of(target)),
+            key=key,
+            opset=info["opset"],
+            fusions=info["fusions"],
+            declined=info["declined"] if source is None else self.export(source).info["declined"],
+            fast_on=cpu.FAST_ON[target.precision],
+            needs=cpu.WIDE_SUMS if target.precision == "int8" and self.plan.bits == 8 else (),
+            int8=info.get("int8", {}),
+            kept=info.get("kept", {}),
+            ladder=tuple(info.get("ladder", ())),
+        )
+
+    def side_by_side(self, work: Callable[[Target], Candidate | None]) -> list[Candidate]:
         """Do the work for every target, formats side by side. The first error stops the others."""
         columns: dict[str, list[Target]] = {}
         for target in self.plan.validates:
@@ -213,15 +267,19 @@ class Build:
                 pool.shutdown(wait=True, cancel_futures=True)
                 workers.reset()
                 raise
-        return [candidate for future in futures for candidate in future.result()]
+        return [candidate for future in futures for candidate in future.result() if candidate is not None]
 
     def gate(self, loaded: Entry, made: Sequence[Candidate]) -> None:
         """Refuse the whole release when an artifact is not as close to the original as its limits ask.
 
         Raises:
+            StageError: all targets were left out.
             NumericsError: with the worst sample of the worst check, and the first layer that departs; the failing files are
                 kept beside their figures and the table of their layers.
         """
+        if not made:
+            reasons = "; ".join(f"{target}: {reason}" for target, reason in sorted(self._refused.items()))
+            raise StageError(f"{self.plan.spec}: no target is left to release ({reasons}); add another one to targets:")
         failed = [candidate for candidate in made if not candidate.report.passed]
         verdicts = []
         for candidate in failed:
@@ -277,6 +335,7 @@ class Build:
             left_out=tuple(loaded.info["left_out"]),
             artifacts=tuple(candidate.artifact for candidate in made),
             files=(),
+            refused=dict(sorted(self._refused.items())),
             libraries=plan.libraries,
             python=platform.python_version(),
             compiler=compiler.__version__,
@@ -292,10 +351,11 @@ class Build:
                 **({"files": dict(plan.texts.files)} if plan.texts.files else {}),
                 **({"note": loaded.info["note"]} if loaded.info["note"] else {}),
             },
+            **_calibrated(plan),
             "cpu": cpu.features(),
             "threads": THREADS,
             # With the samples beside this file, the signature in the manifest and the limits below: what repeats the checks.
-            "known": {name: loaded.info[name] for name in ("cases", "keep")},
+            "known": {name: loaded.info[name] for name in KNOWN if loaded.info[name] is not None},
             "artifacts": [
                 {
                     "format": candidate.artifact.format,
@@ -351,8 +411,17 @@ class Build:
             f"set release: {free_release(self.target)}"
         )
 
-    def _run(self, job: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    def run(self, job: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        """A job in a worker, with what it prints in the build's log."""
         return workers.run(job, *arguments, log=self.log)
+
+    def cached(self, step: Step, make: Callable[[Path], dict[str, Any]]) -> Entry:
+        """The entry of a step that the plan does not name: a rung of a search."""
+        return self.context.store.get_or_make(step, make, use_cache=self.context.use_cache)[0]
+
+    def tell_rung(self, target: Target, state: str, detail: str, started: float | None = None) -> None:
+        """Tell of what a search finds."""
+        self._tell(self.plan.exports[target].id, state, started, detail)
 
     def _make(self, step: Step, make: Callable[[Path], dict[str, Any]]) -> Entry:
         if step.key in self._entries:
@@ -365,7 +434,7 @@ class Build:
                 entry, cached = self.context.store.get_or_make(step, make, use_cache=self.context.use_cache)
         except CompileError as error:
             self._tell(step.id, "stopped" if workers.stopped() else "failed", started)
-            if str(error).startswith(step.stage) or isinstance(error, NumericsError):
+            if str(error).startswith((step.stage, f"{self.plan.spec}: ")) or isinstance(error, NumericsError):
                 raise
             raise type(error)(f"{self.plan.spec}: {step.id}: {error}") from error
         self._entries[step.key] = entry
@@ -401,6 +470,14 @@ class Build:
                 shutil.copyfile(entry.root / file.path, folder / file.path)
             name = f"{artifact.format}_{artifact.precision}.json"
             write_file(folder / name, canonical({"artifact": asdict(artifact), **report}))
+
+
+def _calibrated(plan: Plan) -> dict[str, Any]:
+    """What text int8 was calibrated on."""
+    text = plan.calibration
+    if text is None:
+        return {}
+    return {"calibration": {"name": text.name, "sha256": text.sha256, "samples": len(text.samples), "held": len(text.held)}}
 
 
 def existing(target: Path) -> tuple[Manifest, tuple[Report, ...]] | None:
@@ -464,13 +541,17 @@ def _verdict(plan: Plan, step: Step, store: Store, released: Mapping[tuple[str, 
     target = next((target for target in plan.validates if step in (plan.exports[target], plan.validates[target])), None)
     if target is None:
         return ""
+    if released and (target.format, target.precision) not in released:  # it was left out of that release
+        return ""
     if released:  # its figures passed, by the same limits: those are in its key
         info: Mapping[str, Any] = {"fusions": released[target.format, target.precision], "outputs": {}}
     elif (entry := store.look(step, hashed=False)) is not None:
         info = entry.info
     else:
         return ""
-    if step.stage == "export":
+    if "refused" in info:
+        return ""
+    if step is plan.exports[target]:
         try:
             check_fusions(str(target), info["fusions"], getattr(plan.spec.optimize.expect, target.format))
         except StageError as error:

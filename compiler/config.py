@@ -38,10 +38,20 @@ class Data(Strict):
     validation: DataFile | None = Field(
         None, description="Text for the numerics gate; a text of the compiler's own otherwise."
     )
+    calibration: CalibrationFile | None = Field(
+        None, description="Text that int8 is calibrated on; none of it may be validation text."
+    )
 
 
 class DataFile(Strict):
     path: str
+
+
+class CalibrationFile(DataFile):
+    samples: int = Field(
+        256, ge=16, le=65_536, description="Texts that statistics are taken from; the rest of the file judges layers."
+    )
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Of the order in which the texts are drawn.")
 
 
 class Shapes(Strict):
@@ -61,6 +71,13 @@ class Limits(Strict):
     )
     cosine: float | None = Field(None, ge=-1, le=1, description="Smallest cosine of a row: a token's or a text's vector.")
     argmax: float | None = Field(None, ge=0, le=1, description="Share of rows of logits whose argmax is unchanged.")
+    neighbours: float | None = Field(None, ge=0, le=1, description="Share of texts whose nearest other text is unchanged.")
+    rank: float | None = Field(None, ge=-1, le=1, description="Spearman's correlation of all pairs' similarities.")
+    kl: float | None = Field(None, gt=0, allow_inf_nan=False, description="Mean KL divergence of labels' probabilities, nats.")
+    spans: float | None = Field(None, ge=0, le=1, description="Share of answers with the same start and end.")
+    drop: float | None = Field(
+        None, ge=0, le=1, description="How far the accuracy on labelled text may fall; 0.01 is a point."
+    )
 
     def over(self, other: Limits) -> Limits:
         return other.model_copy(update=self.model_dump(exclude_none=True))
@@ -71,6 +88,8 @@ class Limits(Strict):
 DEFAULT_LIMITS: Mapping[str, Limits] = {
     "fp32": Limits(max_abs=1e-4, cosine=0.999999),
     "bf16": Limits(cosine=0.999, argmax=0.98),
+    # int8: of a text's embedding, not of a token; and answers that do not change.
+    "int8": Limits(cosine=0.98, neighbours=0.95, argmax=0.95, spans=0.95, drop=0.01),
 }
 
 
@@ -79,6 +98,7 @@ class Budget(Strict):
 
     fp32: Limits = Limits()
     bf16: Limits = Limits()
+    int8: Limits = Limits()
 
     def limits(self, precision: str) -> Limits:
         own: Limits = getattr(self, precision)
@@ -146,6 +166,26 @@ class Optimize(Strict):
     expect: Expect = Expect()
 
 
+CPU = Literal["native", "avx2", "avx512", "avx512_vnni"]
+
+
+class Quantize(Strict):
+    """How int8 is made. `plan` names, by format, the layers that stay out of it, as a manifest's `kept` does: then nothing is
+    searched."""
+
+    cpu: CPU = Field("native", description="What int8 must be right on: avx2 and avx512 have no VNNI and take 7-bit weights.")
+    fallback: bool = Field(False, description="Leave an int8 target out, instead of failing, when it is not faster.")
+    plan: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="By format, the layers that stay out of int8.")
+
+    @field_validator("plan")
+    @classmethod
+    def _formats(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for name in value:
+            if name not in BACKENDS:
+                raise ValueError(f"{name} is no format; there are {', '.join(BACKENDS)}")
+        return value
+
+
 class Destination(Strict):
     """A registry to publish to, and the aliases that move to the release there."""
 
@@ -198,6 +238,7 @@ class ModelSpec(Strict):
     shapes: Shapes = Shapes()
     targets: Targets
     optimize: Optimize = Optimize()
+    quantize: Quantize = Quantize()
     budget: Budget = Budget()
     publish: tuple[Annotated[Destination, BeforeValidator(_bare_url, Destination | str)], ...] = Field(
         (), description="Registries that get the release once every model of the pipeline has passed its gate."
@@ -214,6 +255,19 @@ class ModelSpec(Strict):
     def _one_revision(self) -> Self:
         if self.revision is not None and (not self.source.startswith("hf:") or "@" in self.source):
             raise ValueError("revision: is for an hf: source that does not carry one after @")
+        return self
+
+    @model_validator(mode="after")
+    def _calibrates(self) -> Self:
+        wanted = [target.format for target in self.targets.list() if target.precision == "int8"]
+        if wanted and self.data.calibration is None:
+            raise ValueError(
+                f"targets: {wanted[0]} int8 needs text to calibrate on: give data.calibration a file of JSON lines, some "
+                "hundred texts such as the model will see, none of them validation text"
+            )
+        for name in self.quantize.plan:
+            if name not in wanted:
+                raise ValueError(f"quantize.plan.{name}: targets has no int8 of it; leave one out or add the other")
         return self
 
     @model_validator(mode="after")

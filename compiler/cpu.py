@@ -12,7 +12,13 @@ ARM_FEATURES = ("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2")
 
 
 #: The features of which one makes a precision fast, on x86-64 and on Arm. Without, artifacts are as right, and slower.
-FAST_ON = {"fp32": ("avx512f", "avx2", "asimd"), "bf16": ("amx_bf16", "avx512_bf16", "bf16")}
+FAST_ON = {
+    "fp32": ("avx512f", "avx2", "asimd"),
+    "bf16": ("amx_bf16", "avx512_bf16", "bf16"),
+    "int8": ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp"),
+}
+# Without one of these, 16-bit sums of int8 products saturate, and weights must stay within 7 bits.
+WIDE_SUMS = FAST_ON["int8"]
 
 # Variables by which users cap the instructions, or change the arithmetic, of the libraries that compute here.
 # Their values become part of a release, so there is none among them that says where something is.
@@ -54,3 +60,8 @@ def features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     known = FEATURES if machine in ("x86_64", "AMD64") else ARM_FEATURES
     caps = [name for name in VARIABLES if name in os.environ]
     return " ".join([machine, *(name for name in known if name in words), *(f"{name}={os.environ[name]}" for name in caps)])
+
+
+def has(names: tuple[str, ...]) -> bool:
+    """Whether this CPU, as capped, has one of some features. What a cap leaves is known of oneDNN's alone."""
+    return any(name in features().split() for name in names)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from compiler.config import Limits
 
 Array = np.ndarray[Any, np.dtype[Any]]
+# Figures that are the better the smaller they are.
+AT_MOST = ("max_abs", "max_rel", "kl", "drop")
 
 
 @dataclass(frozen=True)
@@ -186,13 +188,13 @@ def _where(pair: Pair, tensor: Tensor, row: int, column: int | None = None) -> s
 def judge(outputs: Mapping[str, Mapping[str, Any]], limits: Limits) -> tuple[Check, ...]:
     """Hold figures, as `compare` gave them for each output, against limits.
 
-    `max_abs` may be at most its limit; `cosine` and `argmax` at least theirs. A figure without a limit is no check.
+    `max_abs`, `kl` and `drop` may be at most their limits; the others at least theirs. A figure without a limit is no check.
     """
     checks = []
     for output, result in outputs.items():
         for name, figure in result["figures"].items():
             limit = getattr(limits, name, None)
             if limit is not None:
-                passed = figure <= limit if name == "max_abs" else figure >= limit
+                passed = figure <= limit if name in AT_MOST else figure >= limit
                 checks.append(Check(output, name, figure, limit, passed, result["worst"][name]))
     return tuple(checks)

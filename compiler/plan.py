@@ -14,15 +14,15 @@ from typing import Any
 import compiler
 from compiler import cpu
 from compiler.backends import BACKENDS
-from compiler.config import ModelSpec
+from compiler.config import CalibrationFile, ModelSpec
 from compiler.errors import ConfigError
 from compiler.hashing import digest, file_sha256, hash_files
 from compiler.manifest import differences
 from compiler.modalities import MODALITIES
 from compiler.sources import infer_task
 from compiler.store import Step, Store
-from compiler.tasks import FILES, TASKS, parse_line
-from compiler.types import Snapshot, Target
+from compiler.tasks import FILES, TASKS, parse_line, read_label
+from compiler.types import Precision, Snapshot, Target
 from compiler.workers import LOAD_THREADS, THREADS
 
 PACKAGE = Path(__file__).parent
@@ -67,6 +67,8 @@ TALK = (
     "signing.py",
     "stages/publish.py",
 )
+# The texts that a layer's share in the error is measured on; with fewer left over, the samples themselves serve.
+LEAST_HELD, MOST_HELD = 64, 256
 # How a step's inputs name the hash of a backend's module.
 CODE_OF = "code of "
 # Files of a checkpoint that travel with a release but that no computation reads.
@@ -75,13 +77,25 @@ DOCUMENTS = (".md", "LICENSE", "NOTICE")
 
 @dataclass(frozen=True)
 class Texts:
-    """The lines of a data file, parsed for the task. `name` is what the manifest calls it, `sha256` the file's (hex), and
-    `files` those of the images or sounds that its lines name, by their paths relative to it."""
+    """The lines of a data file, parsed for the task. `name` is what the manifest calls it, `sha256` the file's (hex), `files`
+    those of the images or sounds that its lines name, by their paths relative to it; `labels` are, where all lines have one,
+    the number of each line in the file and its label."""
 
     name: str
     sha256: str
     lines: tuple[tuple[str, ...], ...]
     files: Mapping[str, str] = field(default_factory=dict)
+    labels: tuple[tuple[int, str | int], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that int8 is calibrated on. `samples` are what statistics are taken from, `held` what layers are judged on."""
+
+    name: str
+    sha256: str
+    samples: tuple[tuple[str, ...], ...]
+    held: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -97,10 +111,16 @@ class Plan:
     exports: Mapping[Target, Step]
     validates: Mapping[Target, Step]
     package: Step
+    calibration: Calibration | None = None
+    calibrate: Step | None = None
+    predict: Step | None = None
 
     @property
     def steps(self) -> Iterator[Step]:
         yield self.load
+        for step in (self.calibrate, self.predict):
+            if step is not None:
+                yield step
         for target, step in self.exports.items():
             yield step
             if target in self.validates:
@@ -142,12 +162,70 @@ class Plan:
             entry["sentence_embedding"] = True
         if named is not None:
             entry["data"] = {"validation": {"path": _portable(named.path)}}
+        if self.calibrate is not None and (calibration := spec.data.calibration) is not None:
+            described = calibration.model_dump(mode="json") | {"path": _portable(calibration.path)}
+            entry["data"] = {**entry.get("data", {}), "calibration": described}
+            entry["quantize"] = spec.quantize.model_dump(mode="json")
         return entry
 
     def source_of(self, target: Target) -> Target | None:
         """The target from whose files this one is made."""
-        precision = BACKENDS[target.format].PRECISIONS[target.precision]
-        return None if precision is None else Target(target.format, precision, target.opset)
+        return _source_of(self.spec, target)
+
+    def base_of(self, target: Target) -> Target:
+        """The target that an int8 one's other layers come from."""
+        return _base_of(self.spec, target)
+
+    def rest_of(self, target: Target) -> Precision:
+        """The precision of what is not int8 in an int8 target; of another, its own."""
+        return rest_of(self.spec, target)
+
+    @property
+    def rests(self) -> dict[str, Precision]:
+        """By format of an int8 target whose plan is searched, the precision of what is not int8."""
+        return rests_of(self.spec)
+
+    @property
+    def bits(self) -> int:
+        """Of int8's weights: 7 for CPUs on which the 16-bit sums of products saturate."""
+        return bits(self.spec)
+
+
+def bits(spec: ModelSpec) -> int:
+    """See `Plan.bits`."""
+    wide = cpu.has(cpu.WIDE_SUMS) if spec.quantize.cpu == "native" else spec.quantize.cpu == "avx512_vnni"
+    return 8 if wide else 7
+
+
+def rest_of(spec: ModelSpec, target: Target) -> Precision:
+    """See `Plan.rest_of`. bf16 where the format has it and the CPU is fast at it."""
+    if target.precision != "int8":
+        return target.precision
+    fast = spec.quantize.cpu == "native" and cpu.has(cpu.FAST_ON["bf16"])
+    return "bf16" if fast and "bf16" in BACKENDS[target.format].PRECISIONS else "fp32"
+
+
+def rests_of(spec: ModelSpec) -> dict[str, Precision]:
+    """See `Plan.rests`."""
+    searched = (target for target in spec.targets.list() if target.precision == "int8" and _searched(spec, target))
+    return {target.format: rest_of(spec, target) for target in searched}
+
+
+def _searched(spec: ModelSpec, target: Target) -> bool:
+    """Whether pipeline.yaml does not say itself which layers of an int8 target are int8."""
+    return target.format not in spec.quantize.plan
+
+
+def _source_of(spec: ModelSpec, target: Target) -> Target | None:
+    if target.precision == "int8":
+        return _base_of(spec, target)
+    precision = BACKENDS[target.format].PRECISIONS[target.precision]
+    return None if precision is None else Target(target.format, precision, target.opset)
+
+
+def _base_of(spec: ModelSpec, target: Target) -> Target:
+    rest = rest_of(spec, target)
+    return Target(target.format, BACKENDS[target.format].PRECISIONS[rest] or rest, target.opset)
 
 
 def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
@@ -164,6 +242,11 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             f"{spec}: sentence_embedding: is an output of feature-extraction, and the task is {task}; leave it out"
         )
     texts = read_texts(spec, task, folder)
+    accurate = any(target.precision == "int8" for target in spec.targets.list())
+    if accurate and TASKS[task].modality != "text":
+        raise ConfigError(f"{spec}: int8 is made of models of text, and the task is {task}; leave int8 out of targets:")
+    named = spec.data.calibration if accurate else None
+    calibration = None if named is None else read_calibration(named, task, folder, texts)
     checkpoint = {f"source {file.path}": file.sha256 for file in snapshot.files if not file.path.endswith(DOCUMENTS)}
     common = {"task": task, "trust_remote_code": str(spec.trust_remote_code), **checkpoint}
     if spec.sentence_embedding:
@@ -186,23 +269,51 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             "sequence": " ".join(map(str, spec.shapes.sequence or ())) or "default",
             "threads": str(LOAD_THREADS),
             "cpu": cpu.features(),
+            **({"accuracy": "of answers"} if accurate else {}),
         },
         _load_libraries(task),
     )
+    calibrate = predict = None
+    if calibration is not None and named is not None:
+        measured = {
+            "calibration": calibration.sha256,
+            "samples": str(named.samples),
+            "seed": str(named.seed),
+            "bits": str(bits(spec)),
+            "threads": str(LOAD_THREADS),
+            "cpu": cpu.features(),
+        }
+        calibrate = step("calibrate", "", common | measured, LOAD_LIBRARIES)
+        limits8 = " ".join(
+            f"{name}={limit}" for name, limit in spec.budget.limits("int8").model_dump(exclude_none=True).items()
+        )
+        if rests := ", ".join(f"{format}: {rest}" for format, rest in rests_of(spec).items()):
+            inputs = {"step load": load.key, "step calibrate": calibrate.key, "limits int8": limits8, "rests": rests}
+            predict = step("predict", "", common | inputs, LOAD_LIBRARIES)
     exports: dict[Target, Step] = {}
 
     def add(target: Target) -> Step:
         if target not in exports:
             backend = BACKENDS[target.format]
-            precision = backend.PRECISIONS[target.precision]
+            source = _source_of(spec, target)
             inputs = {"precision": target.precision, "opset": str(target.opset or "default")}
-            if precision is None:
+            if source is None:
                 inputs |= common
             else:
-                source = Target(target.format, precision, target.opset)
                 inputs[f"step export {source}"] = add(source).key
-            libraries = {*backend.LIBRARIES, *(() if precision else _load_libraries(task))}
-            exports[target] = step("export", str(target), inputs, libraries, target.format)
+            libraries = {*backend.LIBRARIES, *(() if source else _load_libraries(task))}
+            stage = "export"
+            if target.precision == "int8" and calibrate is not None:
+                stage = "quantize"
+                rest = Target(target.format, rest_of(spec, target), target.opset)
+                inputs |= {f"step export {rest}": add(rest).key, "rest": rest.precision, "cpu": cpu.features()}
+                inputs |= {"step load": load.key, "step calibrate": calibrate.key}
+                if predict is not None and _searched(spec, target):
+                    inputs["step predict"] = predict.key
+                out = spec.quantize.plan.get(target.format)
+                inputs["plan"] = "searched" if out is None else ", ".join(out)
+                inputs["fallback"] = str(spec.quantize.fallback)
+            exports[target] = step(stage, str(target), inputs, libraries, target.format)
         return exports[target]
 
     validates = {}
@@ -211,9 +322,9 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         backend = BACKENDS[target.format]
         inputs = {
             "cpu": cpu.features(),
-            "runtime": " ".join(f"{key}={value}" for key, value in sorted(backend.runtime(target.precision).items())),
+            "runtime": " ".join(f"{key}={value}" for key, value in sorted(backend.runtime(rest_of(spec, target)).items())),
             "step load": load.key,
-            f"step export {target}": made.key,
+            f"step {made.id}": made.key,
             "threads": str(THREADS),
         }
         validates[target] = step("validate", str(target), inputs, backend.LIBRARIES, target.format)
@@ -231,6 +342,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             **limits,
             **{f"source {file.path}": file.sha256 for file in snapshot.files},
             **{f"step {made.id}": made.key for made in (load, *exports.values(), *validates.values())},
+            **({f"step {predict.id}": predict.key} if predict is not None else {}),
             "compiler": compiler.__version__,
             "data file": "built-in" if spec.data.validation is None else _portable(spec.data.validation.path),
             "name": spec.name,
@@ -241,7 +353,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         },
         PACKAGE_LIBRARIES,
     )
-    return Plan(spec, task, snapshot, texts, load, exports, validates, package)
+    return Plan(spec, task, snapshot, texts, load, exports, validates, package, calibration, calibrate, predict)
 
 
 def _load_libraries(task: str) -> tuple[str, ...]:
@@ -255,36 +367,77 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
     own = BUILTIN.get(task) or BUILTIN.get(entry.modality) or BUILTIN_TEXT
     path = own if named is None else folder / named.path
     name = "built-in" if named is None else Path(named.path).name
+    return _read_lines("data.validation", path, name, task)
+
+
+def _read_lines(key: str, path: Path, name: str, task: str) -> Texts:
     try:
         read = path.read_bytes()
         content = read.decode("utf-8")
     except OSError as error:
-        raise ConfigError(f"data.validation: {path}: cannot be read ({error.strerror})") from error
+        raise ConfigError(f"{key}: {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"data.validation: {path}: not UTF-8 text") from error
-    lines = tuple(
-        parse_line(line, task, f"{path}:{number}") for number, line in enumerate(content.split("\n"), start=1) if line.strip()
-    )
+        raise ConfigError(f"{key}: {path}: not UTF-8 text") from error
+    numbered = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+    lines = tuple(parse_line(line, task, f"{path}:{number}") for number, line in numbered)
     if not lines:
-        raise ConfigError(f"data.validation: {path}: holds no line; give one JSON object a line")
+        raise ConfigError(f"{key}: {path}: holds no line; give one JSON object a line")
     sha256 = hashlib.sha256(read).hexdigest()
-    if entry.fields[0] in FILES:
+    labels = tuple((number, label) for number, line in numbered if (label := read_label(line)) is not None)
+    if task == "text-classification" and labels and len(labels) < len(lines):
+        bare = next(number for number, line in numbered if read_label(line) is None)
+        raise ConfigError(f"{key}: {path}:{bare}: has no label and other lines have; give all of them one, or none")
+    if (kind := TASKS[task].fields[0]) in FILES:
         found: dict[str, list[str]] = {}
         for line in lines:
-            found.setdefault(_portable(line[0]), []).append(_content(path.parent / line[0], entry.fields[0]))
+            found.setdefault(_portable(line[0]), []).append(_hash(path.parent / line[0], kind))
         # Of absolute paths only the name is kept, which several may have.
         files = {name: hashes[0] if len({*hashes}) == 1 else digest(hashes) for name, hashes in found.items()}
         return Texts(name, sha256, tuple((str(path.parent / line[0]), *line[1:]) for line in lines), files)
     if len({len(line) for line in lines}) > 1:
         if task == "multiple-choice":
-            raise ConfigError(
-                f"data.validation: {path}: the lines have different numbers of choices; give all of them as many"
-            )
-        raise ConfigError(f"data.validation: {path}: some lines have a text_pair and some have none; give all of them one")
-    return Texts(name, sha256, lines)
+            raise ConfigError(f"{key}: {path}: the lines have different numbers of choices; give all of them as many")
+        raise ConfigError(f"{key}: {path}: some lines have a text_pair and some have none; give all of them one")
+    return Texts(name, sha256, lines, labels=labels or None)
 
 
-def _content(path: Path, kind: str) -> str:
+def read_calibration(named: CalibrationFile, task: str, folder: Path, validation: Texts) -> Calibration:
+    """The calibration text of a model, in an order drawn by its seed.
+
+    Raises:
+        ConfigError: it cannot be read, has fewer texts than asked for, or has one that validation has too.
+    """
+    path = folder / named.path
+    texts = _read_lines("data.calibration", path, Path(named.path).name, task)
+    known = {_content(line) for line in validation.lines}
+    distinct = {_content(line): line for line in reversed(texts.lines)}
+    if both := sum(content in known for content in distinct):
+        first = next(line for line in texts.lines if _content(line) in known)
+        raise ConfigError(
+            f"data.calibration: {path}: {both} of its texts are validation text too, the first is {first[0][:60]!r}; a check "
+            "on text that shaped the model says nothing: take them out of one of the two"
+        )
+    lines = sorted(distinct.values(), key=lambda line: hashlib.sha256(f"{named.seed} {_content(line)}".encode()).digest())
+    if len(lines) < named.samples:
+        raise ConfigError(
+            f"data.calibration: {path}: holds {len(lines)} different texts and samples: asks for {named.samples}; give more "
+            "text, or lower samples:"
+        )
+    held = lines[named.samples :][:MOST_HELD]
+    return Calibration(
+        texts.name,
+        texts.sha256,
+        tuple(lines[: named.samples]),
+        tuple(held if len(held) >= LEAST_HELD else lines[: named.samples]),
+    )
+
+
+def _content(line: tuple[str, ...]) -> str:
+    """What makes two texts the same one: all but white space and case."""
+    return "\n".join(" ".join(part.split()).casefold() for part in line)
+
+
+def _hash(path: Path, kind: str) -> str:
     """The hash of a file that a line of data names. Raises ConfigError when it is not there."""
     try:
         return file_sha256(path)

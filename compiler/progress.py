@@ -20,6 +20,9 @@ SHOWN = {
     "published": "published",
     "there": "unchanged",
     "moved": "moved",
+    "tried": "tried",
+    "timed": "timed",
+    "left out": "left out",
     "failed": "FAILED",
     "stopped": "stopped",
     "waiting": "waiting",
@@ -31,7 +34,12 @@ STYLE = {
     "moved": "green",
     "run": "green",
     "waiting": "yellow",
+    "left out": "yellow",
 }
+
+
+# What is told of a step while it goes on.
+DURING = ("tried", "timed", "left out")
 
 
 class Display:
@@ -63,7 +71,7 @@ class Display:
                 if self.console.is_terminal:
                     self._tasks[key] = self._live.add_task(f"{event.model}  {event.step}", total=None)
                 return
-            if key in self._tasks:
+            if key in self._tasks and event.state not in DURING:
                 self._live.remove_task(self._tasks.pop(key))
             self._show_log(event)
             text = (

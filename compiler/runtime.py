@@ -68,6 +68,15 @@ def load(
     artifact, reason = choose(manifest, reports, format, precision)
     model = _named(manifest)(folder, manifest, BACKENDS[artifact.format].open(folder, artifact, threads), artifact, reason)
     log.info("%s %s: %s %s (%s)", manifest.name, manifest.release, artifact.format, artifact.precision, reason)
+    if not can_be_trusted(artifact):
+        log.warning(
+            "%s %s: %s was validated on a CPU with %s, and this one has none of them: sums of its 8-bit products may saturate "
+            "here; build it with quantize: {cpu: avx2}, or take another precision",
+            manifest.name,
+            manifest.release,
+            f"{artifact.format} {artifact.precision}",
+            " or ".join(artifact.needs),
+        )
     if not is_fast(artifact):
         log.warning(
             "%s %s: this CPU has none of %s: %s %s answers as it should, slowly",
@@ -106,7 +115,7 @@ def choose(
     def rank(artifact: Artifact) -> tuple[Any, ...]:
         speed = speeds.get((artifact.format, artifact.precision), 0.0)
         place = PRECISIONS.index(artifact.precision) if artifact.precision in PRECISIONS else len(PRECISIONS)
-        return (not is_fast(artifact), -speed, place, list(RUNTIMES).index(artifact.format))
+        return (not can_be_trusted(artifact), not is_fast(artifact), -speed, place, list(RUNTIMES).index(artifact.format))
 
     best = min(found, key=rank)
     speed = speeds.get((best.format, best.precision))
@@ -153,6 +162,11 @@ def measured(manifest: Manifest) -> dict[tuple[str, str], float]:
 def is_fast(artifact: Artifact) -> bool:
     """Whether this CPU has the instructions that an artifact is made for."""
     return not artifact.fast_on or not set(artifact.fast_on).isdisjoint(cpu.features().split())
+
+
+def can_be_trusted(artifact: Artifact) -> bool:
+    """Whether this CPU has the instructions without which an artifact was not shown to be right."""
+    return not artifact.needs or cpu.has(artifact.needs)
 
 
 class Output(MutableMapping[str, Any]):

@@ -15,10 +15,14 @@ from compiler.types import Model
 
 # What kind of padding a sample has; `TEXT` are the lines of the text as a user would batch them.
 NONE, RIGHT, LEFT, TEXT = "no padding", "right padding", "left padding", "text"
+# Texts whose answers are held against the original's, not their tokens; only int8 is asked for them.
+ACCURACY = "accuracy"
 # The longest sample, without padding, when the model's positions allow more than the configured shapes ask for.
 LONGEST = 512
 # Lines of text that are all run, in batches of so many.
 MAX_LINES, BATCH = 256, 8
+# The lines that the accuracy of int8 is measured on, in batches of so many.
+MAX_ACCURACY_LINES, ACCURACY_BATCH = 1024, 32
 
 
 def cases(
@@ -42,7 +46,7 @@ def cases(
     odd = max(longest - 1 - longest % 2, 5)
     shapes += [(3, odd, RIGHT), (3, odd, LEFT), (1, 5, NONE)]
     shapes += [(1, min(most or LONGEST, max(LONGEST, longest)), NONE)]
-    texts = _with_masks(model, texts)
+    texts = with_masks(model, texts)
     filler = _Filler(model, texts)
     if not any(filler.lengths):
         raise ConfigError("data.validation: no line of it holds a word that the tokenizer knows; give real text")
@@ -56,13 +60,21 @@ def cases(
         found.append(Case(padding, tokenize(model, chosen, sequence, side)))
     # Every line once, as a user would batch them: what is rare in one shape must not escape.
     for start in range(0, min(len(texts), MAX_LINES), BATCH):
-        chosen = texts[start : start + BATCH]
-        inputs = tokenize(model, chosen, min(most or LONGEST, LONGEST), "right")
-        length = int(inputs["attention_mask"].sum(axis=-1).max())
-        found.append(Case(TEXT, {name: np.ascontiguousarray(value[..., :length]) for name, value in inputs.items()}))
+        found.append(Case(TEXT, together(model, texts[start : start + BATCH])))
     if model.task == "multiple-choice":  # another number of choices than the text has
         fewer = {name: np.ascontiguousarray(value[:, :1]) for name, value in found[-1].inputs.items()}
         found.append(Case(TEXT, fewer))
+    _check_ids(model, found)
+    return found
+
+
+def accuracy_cases(model: Model, texts: Sequence[tuple[str, ...]]) -> list[Case]:
+    """The first `MAX_ACCURACY_LINES` texts, in their order."""
+    texts = with_masks(model, texts[:MAX_ACCURACY_LINES])
+    found = [
+        Case(ACCURACY, together(model, texts[start : start + ACCURACY_BATCH]))
+        for start in range(0, len(texts), ACCURACY_BATCH)
+    ]
     _check_ids(model, found)
     return found
 
@@ -88,6 +100,19 @@ def tokenize(model: Model, texts: Sequence[tuple[str, ...]], sequence: int, side
     return {name: np.ascontiguousarray(encoded[name], dtype=np.int64).reshape(sizes) for name in model.inputs}
 
 
+def together(model: Model, texts: Sequence[tuple[str, ...]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Texts as a user would batch them, int64 `[batch, sequence]`: padded on the right to the longest of them, and cut to
+    `LONGEST` or what the model takes."""
+    inputs = tokenize(model, texts, min(model.positions or LONGEST, LONGEST), "right")
+    length = int(inputs["attention_mask"].sum(axis=-1).max())
+    return {name: np.ascontiguousarray(value[..., :length]) for name, value in inputs.items()}
+
+
+def masked_places(model: Model, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+    """For fill-mask, where the masked tokens are, bool `[batch, sequence]`."""
+    return ids == model.tokenizer.mask_token_id if model.task == "fill-mask" else None
+
+
 class _Filler:
     """Texts that are long enough for a number of tokens, by adding the texts that follow them."""
 
@@ -107,7 +132,7 @@ class _Filler:
         return (*text[:1], *(f"{choice} {joined}" for choice in text[1:])) if len(text) > 2 else (*text[:-1], joined)
 
 
-def _with_masks(model: Model, texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def with_masks(model: Model, texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """For fill-mask, texts with a masked word: where `[MASK]` or `<mask>` stands, or else the middle word."""
     if model.task != "fill-mask":
         return list(texts)

@@ -234,6 +234,19 @@ def read_config(snapshot: Snapshot) -> dict[str, Any]:
     return config
 
 
+def pooling(snapshot: Snapshot) -> dict[str, str]:
+    """How tokens become a text's vector: `mode` is `mean`, `cls`, `max` or `lasttoken`, as sentence-transformers' files say;
+    the mean where there are none."""
+    for file in snapshot.support:
+        if file.path.endswith("Pooling/config.json"):
+            config = _read_json(snapshot.root / file.path, file.path)
+            names = {"cls_token": "cls", "max_tokens": "max", "lasttoken": "lasttoken"}
+            for name, mode in names.items():
+                if isinstance(config, dict) and config.get(f"pooling_mode_{name}"):
+                    return {"mode": mode}
+    return {"mode": "mean"}
+
+
 def _check_pins(spec: ModelSpec, files: dict[str, File]) -> None:
     for name, pinned in spec.sha256.items():
         if name not in files:

@@ -112,6 +112,12 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+def read_label(text: str) -> str | int | None:
+    """The `label` of a line that `parse_line` took: a label's name or number; None without one."""
+    label = json.loads(text).get("label")
+    return label if isinstance(label, (str, int)) and not isinstance(label, bool) else None
+
+
 def example(task: str) -> str:
     entry = TASKS[task]
     fields = {name: ["…"] * 2 if name in LISTS else "…" for name in entry.fields if name not in entry.optional}

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "int8"]
 
 #: Named arrays in, named arrays out: an artifact opened in its runtime, or the original model.
 Runner = Callable[[Mapping[str, "np.ndarray[Any, Any]"]], dict[str, "np.ndarray[Any, Any]"]]
@@ -128,7 +128,10 @@ class Artifact:
     `runtime` are settings of the runtime (`INFERENCE_PRECISION_HINT`, graph level …) that whoever opens it applies.
     `fusions` counts what was fused in the file; `declined` says why a fusion did not apply. `key` is the cache key of the
     step that made it. `fast_on` are CPU features, by their names in /proc/cpuinfo, of which one makes it fast; it is right
-    without any of them.
+    without any of them, unless `needs` names some: those without which it was not shown to be right.
+
+    Of an int8 artifact, `int8` are the layers that are, each with the operator that computes it, `kept` those that are not,
+    each with the reason, and `ladder` the plans that were tried to find this one.
     """
 
     format: str
@@ -140,6 +143,10 @@ class Artifact:
     fusions: Mapping[str, int] = field(default_factory=dict)
     declined: Mapping[str, str] = field(default_factory=dict)
     fast_on: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    int8: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
+    ladder: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ class Report:
         figures = [check.figure for check in self.checks if check.name == name]
         if not figures:
             return None
-        return max(figures) if name.startswith("max") else min(figures)
+        return max(figures) if name.startswith(("max", "kl", "drop")) else min(figures)
 
 
 @dataclass(frozen=True)

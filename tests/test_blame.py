@@ -321,6 +321,7 @@ def test_a_gate_that_fails_names_the_layer(tmp_path: Path, release: Path) -> Non
     with Build.alone(plan, context) as build:
         loaded, exported = build.load(), build.export(target)
         made = build.validate(target, exported, loaded)
+        assert made is not None
         build.gate(loaded, [made])
         assert not [step for step in steps if "blame" in step]
         weights = load_file(tmp_path / "checkpoint/model.safetensors")["encoder.layer.0.attention.output.dense.weight"]
@@ -328,6 +329,7 @@ def test_a_gate_that_fails_names_the_layer(tmp_path: Path, release: Path) -> Non
         shutil.rmtree(store.root / "validate")
         build._entries.pop(plan.validates[target].key)
         made = build.validate(target, exported, loaded)
+        assert made is not None
         with pytest.raises(NumericsError, match=r"its limit is 0\.\d+, at sample .*; first departs at .*; nothing") as caught:
             build.gate(loaded, [made])
         assert "first departs at encoder.layer.0.attention.output.dense (error 1." in str(caught.value)

@@ -458,7 +458,8 @@ def test_impossible_targets(targets: dict[str, Any], words: list[str]) -> None:
 @pytest.mark.parametrize("format", list(BACKENDS))
 def test_short_and_long_form_are_equal(format: str) -> None:
     precisions = list(BACKENDS[format].PRECISIONS)
-    short, long = (only_model(model(targets={format: form})) for form in (precisions, {"precisions": precisions}))
+    data = {"calibration": {"path": "calibration.jsonl"}}
+    short, long = (only_model(model(targets={format: form}, data=data)) for form in (precisions, {"precisions": precisions}))
     assert short == long
     assert [str(target) for target in short.targets.list()] == [f"{format} {precision}" for precision in precisions]
 
@@ -512,15 +513,17 @@ def test_budget_of_nonsense(budget: Any) -> None:
 
 def test_default_limits() -> None:
     budget = only_model(model()).budget
-    assert budget.limits("fp32").model_dump() == {"max_abs": 1e-4, "cosine": 0.999999, "argmax": None}
-    assert budget.limits("bf16").model_dump() == {"max_abs": None, "cosine": 0.999, "argmax": 0.98}
-    assert set(DEFAULT_LIMITS) == {"fp32", "bf16"}
+    assert budget.limits("fp32").model_dump(exclude_none=True) == {"max_abs": 1e-4, "cosine": 0.999999}
+    assert budget.limits("bf16").model_dump(exclude_none=True) == {"cosine": 0.999, "argmax": 0.98}
+    expected = {"cosine": 0.98, "neighbours": 0.95, "argmax": 0.95, "spans": 0.95, "drop": 0.01}
+    assert budget.limits("int8").model_dump(exclude_none=True) == expected
+    assert set(DEFAULT_LIMITS) == {"fp32", "bf16", "int8"}
 
 
 def test_limit_that_is_given_leaves_the_others_strict() -> None:
     budget = only_model(model(budget={"fp32": {"max_abs": 0.5}, "bf16": {"cosine": 0.9, "max_abs": 0.1}})).budget
-    assert budget.limits("fp32").model_dump() == {"max_abs": 0.5, "cosine": 0.999999, "argmax": None}
-    assert budget.limits("bf16").model_dump() == {"max_abs": 0.1, "cosine": 0.9, "argmax": 0.98}
+    assert budget.limits("fp32").model_dump(exclude_none=True) == {"max_abs": 0.5, "cosine": 0.999999}
+    assert budget.limits("bf16").model_dump(exclude_none=True) == {"max_abs": 0.1, "cosine": 0.9, "argmax": 0.98}
 
 
 def test_one_name_and_release_is_one_model() -> None:
@@ -698,3 +701,42 @@ def test_any_edit_of_a_valid_pipeline(start: int, length: int, insert: str) -> N
 )
 def test_any_tag_on_any_value(tag: str, value: str) -> None:
     check_any(f"schema: !!{tag} {value}\nmodels: []\n")
+
+
+def test_int8_is_calibrated() -> None:
+    entry = only_model(model(targets={"onnx": ["int8"]}, data={"calibration": {"path": "c.jsonl"}}))
+    assert entry.data.calibration is not None
+    assert (entry.data.calibration.samples, entry.data.calibration.seed) == (256, 0)
+    message = refusal(model(targets={"onnx": ["fp32"], "openvino": ["fp32", "int8"]}))
+    assert "openvino int8 needs text to calibrate on: give data.calibration a file" in message
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        ({"onnx": ["a"]}, "quantize.plan.onnx: targets has no int8 of it; leave one out or add the other"),
+        ({"torchscript": ["a"]}, "quantize.plan.torchscript: targets has no int8 of it"),
+        ({"tflite": ["a"]}, "tflite is no format; there are torchscript, onnx, openvino"),
+    ],
+)
+def test_plan_of_a_format_that_has_no_int8(plan: dict[str, list[str]], reason: str) -> None:
+    targets = {"onnx": ["fp32"], "openvino": ["int8"]}
+    calibrated = {"targets": targets, "data": {"calibration": {"path": "c.jsonl"}}}
+    assert only_model(model(**calibrated, quantize={"plan": {"openvino": ["a"]}})).quantize.plan == {"openvino": ("a",)}
+    assert reason in refusal(model(**calibrated, quantize={"plan": plan}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {"calibration": {"path": "c.jsonl", "samples": 15}}},
+        {"data": {"calibration": {"path": "c.jsonl", "seed": -1}}},
+        {"quantize": {"cpu": "sse2"}},
+        {"quantize": {"fallback": "perhaps"}},
+        {"budget": {"int8": {"neighbours": 1.1}}},
+        {"budget": {"int8": {"kl": 0}}},
+        {"budget": {"int8": {"drop": -0.1}}},
+    ],
+)
+def test_values_of_int8_that_make_no_sense(change: dict[str, Any]) -> None:
+    refusal(model(**change))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from compiler import cpu, plan
 from compiler.backends import BACKENDS
-from compiler.config import ModelSpec
-from compiler.plan import LOAD_LIBRARIES, PACKAGE_LIBRARIES, Plan, make_plan
+from compiler.config import CalibrationFile, ModelSpec
+from compiler.errors import ConfigError
+from compiler.plan import LEAST_HELD, LOAD_LIBRARIES, MOST_HELD, PACKAGE_LIBRARIES, Plan, Texts, make_plan, read_calibration
 from compiler.sources import resolve
 
 TARGETS = {"torchscript": ["fp32", "bf16"], "onnx": ["fp32"], "openvino": ["fp32", "bf16"]}
@@ -81,3 +84,106 @@ def test_intermediate_steps_are_planned(bert: Path) -> None:
     """OpenVINO's bf16 is made from its fp32, which need not be asked for."""
     found = keys(planned(bert, targets={"openvino": ["bf16"]}))
     assert list(found) == ["load", "export openvino fp32", "export openvino bf16", "validate openvino bf16", "package"]
+
+
+VALIDATION = Texts("built-in", "0" * 64, (("The harbour opens at six.",), ("Nobody came.",)))
+
+
+def calibration_file(folder: Path, texts: Sequence[str]) -> CalibrationFile:
+    (folder / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return CalibrationFile(path="c.jsonl", samples=16)
+
+
+def refused(folder: Path, named: CalibrationFile) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read_calibration(named, "feature-extraction", folder, VALIDATION)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert message.startswith(f"data.calibration: {folder / 'c.jsonl'}")
+    return message
+
+
+def test_calibration_text_is_drawn_by_its_seed(tmp_path: Path) -> None:
+    texts = [f"text {number}" for number in range(16 + LEAST_HELD)]
+    named = calibration_file(tmp_path, [*texts, "TEXT  1", *texts])
+    drawn = read_calibration(named, "feature-extraction", tmp_path, VALIDATION)
+    assert sorted(drawn.samples + drawn.held) == sorted((text,) for text in texts)  # the same text is there once
+    assert (len(drawn.samples), len(drawn.held)) == (16, LEAST_HELD)
+    assert drawn == read_calibration(named, "feature-extraction", tmp_path, VALIDATION)
+    other = read_calibration(named.model_copy(update={"seed": 1}), "feature-extraction", tmp_path, VALIDATION)
+    assert set(other.samples) != set(drawn.samples)
+
+
+def test_the_order_of_the_file_is_nothing(tmp_path: Path) -> None:
+    texts = [f"text {number}" for number in range(100)]
+    drawn = read_calibration(calibration_file(tmp_path, texts), "feature-extraction", tmp_path, VALIDATION)
+    other = read_calibration(calibration_file(tmp_path, texts[::-1]), "feature-extraction", tmp_path, VALIDATION)
+    assert (drawn.samples, drawn.held) == (other.samples, other.held)
+
+
+def test_layers_are_judged_on_the_samples_where_little_is_left_over(tmp_path: Path) -> None:
+    few = calibration_file(tmp_path, [f"text {number}" for number in range(16 + LEAST_HELD - 1)])
+    drawn = read_calibration(few, "feature-extraction", tmp_path, VALIDATION)
+    assert drawn.held == drawn.samples
+    many = calibration_file(tmp_path, [f"text {number}" for number in range(16 + MOST_HELD + 5)])
+    assert len(read_calibration(many, "feature-extraction", tmp_path, VALIDATION).held) == MOST_HELD
+
+
+@pytest.mark.parametrize("text", ["Nobody came.", "  nobody  CAME. "])
+def test_calibration_text_is_no_validation_text(tmp_path: Path, text: str) -> None:
+    named = calibration_file(tmp_path, [*(f"text {number}" for number in range(20)), text, text])
+    message = refused(tmp_path, named)
+    assert f": 1 of its texts are validation text too, the first is {text!r}; " in message
+    assert message.endswith("take them out of one of the two")
+
+
+def test_too_few_different_texts(tmp_path: Path) -> None:
+    named = calibration_file(tmp_path, [f"text {number % 15}" for number in range(40)])
+    assert "holds 15 different texts and samples: asks for 16; give more text, or lower samples:" in refused(tmp_path, named)
+    assert calibration_file(tmp_path, [f"text {number % 16}" for number in range(40)]) == named
+    assert len(read_calibration(named, "feature-extraction", tmp_path, VALIDATION).samples) == 16
+
+
+def test_calibration_text_that_cannot_be_read(tmp_path: Path) -> None:
+    named = CalibrationFile(path="c.jsonl", samples=16)
+    assert refused(tmp_path, named).endswith("cannot be read (No such file or directory)")
+    (tmp_path / "c.jsonl").write_text("\n \n")
+    assert refused(tmp_path, named).endswith("holds no line; give one JSON object a line")
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    assert refused(tmp_path, named).endswith("not UTF-8 text")
+
+
+def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
+    named = calibration_file(tmp_path, [f"text {number}" for number in range(20)])
+    lines = (tmp_path / "c.jsonl").read_text().splitlines()
+    (tmp_path / "c.jsonl").write_text("\n".join([*lines[:6], "{text: 6}", *lines[7:]]))
+    with pytest.raises(ConfigError, match=r"c\.jsonl:7: not JSON \("):
+        read_calibration(named, "feature-extraction", tmp_path, VALIDATION)
+    (tmp_path / "c.jsonl").write_text("\n".join([*lines[:6], '{"txt": "6"}', *lines[7:]]))
+    with pytest.raises(ConfigError, match=r"c\.jsonl:7: field 'text' is missing"):
+        read_calibration(named, "feature-extraction", tmp_path, VALIDATION)
+
+
+def quantized(bert: Path, folder: Path, **changes: object) -> Plan:
+    calibration_file(folder, [f"text {number}" for number in range(20)])
+    data = {"calibration": {"path": str(folder / "c.jsonl"), "samples": 16}}
+    return planned(bert, **{"targets": {**TARGETS, "openvino": ["fp32", "int8"]}, "data": data, **changes})
+
+
+def test_steps_of_int8(bert: Path, tmp_path: Path) -> None:
+    found = keys(quantized(bert, tmp_path))
+    assert {"calibrate", "predict", "quantize openvino int8", "validate openvino int8"} <= found.keys()
+    assert list(found).index("export openvino fp32") < list(found).index("quantize openvino int8")
+
+
+def test_what_shapes_int8_changes_int8_alone(bert: Path, tmp_path: Path) -> None:
+    before = quantized(bert, tmp_path)
+    made = {"quantize openvino int8", "validate openvino int8", "package"}
+    assert changed(before, quantized(bert, tmp_path, budget={"int8": {"cosine": 0.9}})) == {"predict", *made}
+    assert changed(before, quantized(bert, tmp_path, quantize={"fallback": True})) == made
+    assert changed(before, quantized(bert, tmp_path, quantize={"plan": {"openvino": ["a"]}})) == made
+    seed = {"calibration": {"path": str(tmp_path / "c.jsonl"), "samples": 16, "seed": 1}}
+    assert changed(before, quantized(bert, tmp_path, data=seed)) == {"calibrate", "predict", *made}
+    cpus = [quantized(bert, tmp_path, quantize={"cpu": name}) for name in ("avx2", "avx512_vnni")]
+    assert [one.bits for one in cpus] == [7, 8]
+    assert changed(*cpus) == {"calibrate", "predict", *made}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from compiler.backends import onnx, openvino, torchscript
+from compiler.quantization.layers import Layers
 from compiler.types import Artifact, Model, Precision, Runner, Target
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ class Backend(Protocol):
 
     def reduce(self, out: Path, exported: Path, precision: Precision) -> dict[str, Any]:
         """As `export`, but from the files below `exported`, at the precision that `PRECISIONS` names."""
+
+    def quantize(self, out: Path, exported: Path, layers: Layers, rest: Precision) -> dict[str, Any]:
+        """Write the int8 artifact below `out`, from the files below `exported`: `layers` in int8, all else in `rest`, of which
+        those files are, or of the precision that `rest` is made from.
+
+        Returns what `export` does, and by layers' names the operators of those that are `int8`, and why others are `left`.
+        """
 
     def open(self, root: Path, artifact: Artifact, threads: int | None) -> Runner:
         """The artifact below `root` in its runtime, under its settings; all cores when `threads` is None."""

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir
 
+    from compiler.quantization.layers import Layers
+
 LIBRARIES = ("torch", "transformers", "sympy", "onnx", "onnx-ir", "ml-dtypes", "onnxscript", "onnxruntime", "numpy")
-PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None}
+PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None, "int8": "fp32"}
 FUSIONS = ("padding_free",)
 # ONNX's own operators that stand for what would else be several. Its `Attention` is left out: from opset 23 on it has the name
 # of the one that `onnx_graph` counts, and is another.
@@ -28,7 +30,7 @@ INLINE_BYTES = 2**31 - 2**24
 
 
 def files(precision: Precision) -> tuple[str, ...]:
-    return ("onnx/model.onnx",)
+    return ("onnx/model_quantized.onnx" if precision == "int8" else "onnx/model.onnx",)
 
 
 def runtime(precision: Precision) -> dict[str, Any]:
@@ -36,7 +38,6 @@ def runtime(precision: Precision) -> dict[str, Any]:
 
 
 def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
-    import onnx_ir
     import torch
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -51,12 +52,18 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     fused = onnx_graph.fuse(program)
     _name_axes(program.graph, model.axes)
     path = out / files(target.precision)[0]
+    _save(program, path)
+    describe(path, exported)
+    return {"opset": program.graph.opset_imports[""], "fusions": fusions(program.graph, fused)}
+
+
+def _save(program: onnx_ir.Model, path: Path) -> None:
+    import onnx_ir
+
     path.parent.mkdir(parents=True)
     weights = sum(value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value)
     # Loaders look for weights inside the file, or, past what a protobuf holds, in `<file>_data`.
     onnx_ir.save(program, str(path), external_data=None if weights < INLINE_BYTES else f"{path.name}_data")
-    describe(path, exported)
-    return {"opset": program.graph.opset_imports[""], "fusions": fusions(program.graph, fused)}
 
 
 def fusions(graph: onnx_ir.Graph, fused: Mapping[str, int]) -> dict[str, int]:
@@ -126,6 +133,25 @@ def _name_axes(graph: onnx_ir.Graph, axes: Mapping[str, tuple[int | str, ...]]) 
 
 def reduce(out: Path, exported: Path, precision: Precision) -> dict[str, Any]:
     raise NotImplementedError("no precision of ONNX is made from another")
+
+
+def quantize(out: Path, exported: Path, layers: Layers, rest: Precision, embeddings: bool = False) -> dict[str, Any]:
+    """The fp32 file below `exported` with some layers in int8, as `onnx/model_quantized.onnx`; all else stays in `rest`,
+    but with `embeddings` the large tables, which are most of a small model's file.
+
+    Returns what `export` does, and by layers' names the operators of those that are `int8`, and why others are `left`.
+    """
+    import onnx_ir
+
+    from compiler.fusions import onnx_int8
+
+    if rest != "fp32":
+        raise NotImplementedError(f"what is not in int8 stays in fp32, not in {rest}")
+    program = onnx_ir.load(exported / files("fp32")[0])
+    done, left = onnx_int8.quantize(program, layers, embeddings)
+    _save(program, out / "onnx/model_quantized.onnx")
+    opset = program.graph.opset_imports[""]
+    return {"opset": opset, "fusions": fusions(program.graph, onnx_int8.count(program.graph)), "int8": done, "left": left}
 
 
 def open(root: Path, artifact: Artifact, threads: int | None) -> Runner:

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     import openvino
     from transformers.exporters import ExportedModel
 
+    from compiler.quantization.layers import Layers
+
 LIBRARIES = ("torch", "transformers", "sympy", "openvino", "numpy")
 # bf16 is the fp32 graph with its weights rounded: a second trace would cost seconds and round the norms as well.
-PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None, "bf16": "fp32"}
+PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None, "bf16": "fp32", "int8": "fp32"}
 FUSIONS = ("padding_free",)
 FUSED = ("Gelu", "MVN", "RMS", "RoPE", "ScaledDotProductAttention", "padding_free")
-SUFFIX: Mapping[str, str] = {"fp32": "", "bf16": "_bf16"}
+SUFFIX: Mapping[str, str] = {"fp32": "", "bf16": "_bf16", "int8": "_qint8_quantized"}
 # Operators whose output at a place depends on their inputs at that place alone.
 # fmt: off
 ELEMENTWISE = frozenset({
@@ -208,12 +210,32 @@ def _distance(sink: openvino.Node, rank: Mapping[str, int]) -> openvino.Output |
 
 def reduce(out: Path, exported: Path, precision: Precision) -> dict[str, Any]:
     """Round the weights of an fp32 IR to bf16, in the file. The graph computes in fp32 or, with the hint, in bf16."""
+    program = _read(exported)
+    return _reduced(program, out, precision)
+
+
+def quantize(out: Path, exported: Path, layers: Layers, rest: Precision) -> dict[str, Any]:
+    """The fp32 IR below `exported` with some layers in int8; the other weights are rounded to bf16 when the `rest` is that."""
+    from compiler.fusions import openvino_int8
+
+    program = _read(exported)
+    done, arrays = openvino_int8.quantize(program, layers)
+    left = {name: "the graph computes it in another way" for name in layers.by_name if name not in done}
+    known = _reduced(program, out, "int8") if rest == "bf16" else _save(program, out, "int8")
+    del arrays
+    return {**known, "int8": done, "left": left}
+
+
+def _read(exported: Path) -> openvino.Model:
     import openvino
 
+    return openvino.Core().read_model(str(exported / files("fp32")[0]))
+
+
+def _reduced(program: openvino.Model, out: Path, precision: Precision) -> dict[str, Any]:
+    """Save a program with its weights rounded to bf16."""
     from compiler.fusions.openvino_graph import every_node
 
-    core = openvino.Core()
-    program = core.read_model(str(exported / files("fp32")[0]))
     weights = [node for node in every_node(program) if node.get_type_name() == "Constant" and _is_weight(node)]
     # OpenVINO's constants point into these arrays, so they must live until the model is saved.
     arrays = [_round_to_bf16(weight) for weight in weights]

@@ -5,6 +5,7 @@ torch has deprecated TorchScript but still traces, saves and loads it; what that
 
 from __future__ import annotations
 
+import json
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +19,15 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from compiler.fusions.linear import Weights
+    from compiler.quantization.layers import Layers
+
 LIBRARIES = ("torch", "transformers", "numpy")
-PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None, "bf16": None}
+PRECISIONS: Mapping[Precision, Precision | None] = {"fp32": None, "bf16": None, "int8": "bf16"}
 FUSIONS = ("padding_free", "linear")
+# Why a layer of a plan is not in int8.
+JOINED = "it runs joined with layers of the same input, of which one is not in the plan or is quantized another way"
+UNKNOWN = "no linear layer of the file has its weights to itself"
 # The earliest time that a ZIP archive can hold: the files of a release carry no time of their own.
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 # torch aligns the tensors in its archives so that they can be mapped into memory.
@@ -47,13 +54,16 @@ def export(out: Path, model: Model, target: Target) -> dict[str, Any]:
     if target.precision == "bf16":
         module = copy.deepcopy(module).to(torch.bfloat16)
     script, fusions = _fused(module, model)
-    path = out / files(target.precision)[0]
-    path.parent.mkdir(parents=True)
+    _save(script, out / files(target.precision)[0])
+    return {"opset": None, "fusions": fusions}
+
+
+def _save(script: torch.jit.ScriptModule, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     raw = path.with_suffix(".raw")
     script.save(str(raw))
     _canonical_archive(raw, path)
     raw.unlink()
-    return {"opset": None, "fusions": fusions}
 
 
 def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModule, dict[str, int]]:
@@ -62,6 +72,7 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
     import torch
 
     from compiler.fusions import script
+    from compiler.fusions.int8 import RECORD
     from compiler.fusions.padding_free import Dense
 
     example = dict(model.example)
@@ -75,14 +86,19 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
     if not weights.packs:  # torch traces no empty list
         weights.packs.append(weights.add(torch.zeros(1, 1)))
     stand_ins = [weights.tensors[place] for place in weights.packs]
+    records = [torch.empty(0) for _ in range(RECORD * len(weights.packs))]
 
-    def trace(forward: Callable[..., Any]) -> tuple[Any, dict[str, int]]:
+    def trace(forward: Callable[..., Any]) -> tuple[Any, dict[str, int], list[str]]:
         fused: dict[str, int] = {}
+        runs: list[str] = []
 
-        def run(inputs: list[torch.Tensor], tensors: list[torch.Tensor], packed: list[torch.Tensor]) -> Any:
-            with linears.applied(weights, tensors, packed) as mode:
+        def run(
+            inputs: list[torch.Tensor], tensors: list[torch.Tensor], packed: list[torch.Tensor], records: list[torch.Tensor]
+        ) -> Any:
+            with linears.applied(weights, tensors, packed, records) as mode:
                 outputs = forward(**dict(zip(model.inputs, map(cast, inputs), strict=True)))
             fused.update(mode.counts())
+            runs[:] = mode.runs
             # Plain tensors in and a plain dict of fp32 tensors out, whatever the precision inside.
             return {
                 name: value.float() if value.is_floating_point() else value
@@ -93,18 +109,35 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
         with torch.no_grad(), warnings.catch_warnings():
             # It warns of each decision that it takes from a shape; whether one was wrong is what the gate finds out.
             warnings.simplefilter("ignore")
-            arguments = ([example[name] for name in model.inputs], weights.tensors, stand_ins)
-            return torch.jit.trace(run, arguments, strict=False, check_trace=False), fused
+            arguments = ([example[name] for name in model.inputs], weights.tensors, stand_ins, records)
+            return torch.jit.trace(run, arguments, strict=False, check_trace=False), fused, runs
 
     padding_free = model.rewrites.get("padding_free")
     if padding_free is None:
-        dense, counts = trace(module)
-        return script.assemble(model.inputs, dense, dense, weights), counts
-    with padding_free.applied(module, Dense):
-        dense, counts = trace(module)
-    with padding_free.applied(module):
-        packed, _ = trace(module)
-    return script.assemble(model.inputs, dense, packed, weights), {"padding_free": padding_free.count, **counts}
+        dense, counts, runs = trace(module)
+        packed = dense
+    else:
+        with padding_free.applied(module, Dense):
+            dense, counts, runs = trace(module)
+        with padding_free.applied(module):
+            packed, _, _ = trace(module)
+        counts = {"padding_free": padding_free.count, **counts}
+    about = {"fusions": counts, "runs": runs, "digests": _digests(module, model.module, weights), "biases": _biases(weights)}
+    return script.assemble(model.inputs, dense, packed, weights, records, json.dumps(about)), counts
+
+
+def _digests(module: torch.nn.Module, original: torch.nn.Module, weights: Weights) -> list[list[str]]:
+    """For each packed weight, the digests of the original's weights that were joined in it, in that order; none where
+    something else uses them too, and they cannot be replaced."""
+    from compiler.quantization.layers import digest
+
+    found: list[dict[int, str]] = [{} for _ in weights.packs]
+    parameters = dict(original.named_parameters())
+    for name, parameter in module.named_parameters():
+        layer = weights.layers.get(id(parameter))
+        if layer is not None and weights.packs[layer.pack] not in weights.shared:
+            found[layer.pack][layer.part] = digest(parameters[name].detach().float().numpy())
+    return [[digest for _, digest in sorted(parts.items())] for parts in found]
 
 
 def _canonical_archive(source: Path, target: Path) -> None:
@@ -123,6 +156,47 @@ def _canonical_archive(source: Path, target: Path) -> None:
             with reader.open(entry) as stream, writer.open(info, "w") as sink:
                 while chunk := stream.read(1 << 20):
                     sink.write(chunk)
+
+
+def _biases(weights: Weights) -> list[int | None]:
+    """For each packed weight, its bias's place among the tensors."""
+    found: list[int | None] = [None] * len(weights.packs)
+    for layer in weights.layers.values():
+        found[layer.pack] = layer.bias
+    return found
+
+
+def quantize(out: Path, exported: Path, layers: Layers, rest: Precision) -> dict[str, Any]:
+    """Make the int8 file from the one of precision `rest` below `exported`: its traced code, with other weights.
+
+    Returns:
+        what `export` does, and `int8`, how each layer that is in int8 runs, and `left`, why each other one is not, by the
+        names of `layers`.
+    """
+    import torch
+
+    from compiler.fusions.int8 import RECORD, record
+
+    module: Any = torch.jit.load(str(exported / files(rest)[0]))
+    about = json.loads(module.about)
+    tensors, records = list(module.tensors), list(module.records)
+    ran: dict[str, str] = {}
+    left: dict[str, str] = {}
+    for pack, (place, digests) in enumerate(zip(module.packs, about["digests"], strict=True)):
+        layer = layers.joined_as(digests)
+        if layer is None:
+            continue
+        bias = None if (at := about["biases"][pack]) is None else tensors[at]
+        records[pack * RECORD : (pack + 1) * RECORD] = record(layer, bias, tensors[place].dtype)
+        tensors[place] = torch.from_numpy(layer.weight)
+        ran |= dict.fromkeys(layer.name.split("+"), about["runs"][pack])
+    known = {digest for digests in about["digests"] for digest in digests}
+    for name, layer in layers.by_name.items():
+        if name not in ran:
+            left[name] = JOINED if layer.digest in known else UNKNOWN
+    module.tensors, module.records = tensors, records
+    _save(module, out / files("int8")[0])
+    return {"opset": None, "fusions": about["fusions"], "int8": ran, "left": left}
 
 
 def reduce(out: Path, exported: Path, precision: Precision) -> dict[str, Any]:

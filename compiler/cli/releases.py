@@ -16,6 +16,7 @@ import click
 from compiler.cli.options import cache_option, json_option, open_store
 from compiler.cli.output import either, number, pairs, print_benchmark, print_blame, print_json, report_json, table
 from compiler.errors import ReleaseError, SigningError
+from compiler.numerics import AT_MOST
 
 if TYPE_CHECKING:
     from compiler.blame import Blame
@@ -57,12 +58,22 @@ def inspect(release: Path, as_json: bool) -> None:
         click.echo(f"  runtime  {pairs(artifact.runtime)}" + (f", opset {artifact.opset}" if artifact.opset else ""))
         if artifact.fast_on:  # not in a release that an earlier version made
             click.echo(f"  fast on  a CPU with {either(artifact.fast_on)}")
+        if artifact.needs:
+            click.echo(f"  needs    a CPU with {either(artifact.needs)}: without, sums of 8-bit products may saturate")
         click.echo(f"  fused    {pairs(artifact.fusions, ' ') or 'nothing'}")
+        if artifact.int8:
+            click.echo(f"  int8     {len(artifact.int8)} layers, by {', '.join(sorted(set(artifact.int8.values())))}")
+        for name, reason in artifact.kept.items():
+            click.echo(f"  not int8 {name}: {reason}")
+        for tried in artifact.ladder:
+            figures = pairs({name: number(figure) for name, figure in tried["figures"].items()})
+            verdict = "passes" if tried["passed"] else "fails"
+            click.echo(f"  tried    {tried['int8']} layers int8, cost {tried['cost']:g}: {figures}: {verdict}")
         for name, reason in artifact.declined.items():
             click.echo(f"  without  {name}: {reason}")
         report = next(r for r in reports if (r.format, r.precision) == (artifact.format, artifact.precision))
         for check in report.checks:
-            relation = "<=" if check.name.startswith("max") else ">="
+            relation = "<=" if check.name in AT_MOST else ">="
             verdict = "ok" if check.passed else "FAILED"
             click.echo(f"  {verdict:<8} {check.output} {check.name} {number(check.figure)} {relation} {check.limit:g}")
 

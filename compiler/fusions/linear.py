@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,18 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from compiler.fusions.attention import attention
+from compiler.fusions.int8 import RECORD, int8_linear, int8_linear_add
 
 
 @torch.jit.script
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x` times a weight that oneDNN has packed, or a plain one where it cannot (a CPU without bf16)."""
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, record: list[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """`x` times a weight that oneDNN has packed, or a plain one where it cannot (a CPU without bf16); in int8, with what
+    `record` holds, where the weight is."""
+    if record is not None and weight.dtype == torch.int8:
+        low: torch.Tensor = int8_linear(x, weight, record, None, None)
+        return low
     if weight.is_mkldnn:
         fused: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
         return fused
@@ -28,8 +36,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 @torch.jit.script
-def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, approximate: str) -> torch.Tensor:
-    """gelu of `linear`."""
+def linear_gelu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    approximate: str,
+    record: list[torch.Tensor] | None = None,
+    following: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """gelu of `linear`. `following` is the record of the layer that alone is given the result, if there is one."""
+    if record is not None and weight.dtype == torch.int8:
+        low: torch.Tensor = int8_linear(x, weight, record, approximate, following)
+        return low
     if weight.is_mkldnn:
         fused: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
         return fused
@@ -37,8 +55,17 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 @torch.jit.script
-def linear_add(x: torch.Tensor, other: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_add(
+    x: torch.Tensor,
+    other: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    record: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
     """`other` plus `linear`; both of one shape."""
+    if record is not None and weight.dtype == torch.int8:
+        low: torch.Tensor = int8_linear_add(x, other, weight, record)
+        return low
     if weight.is_mkldnn:
         fused: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, other, weight, bias, "add")
         return fused
@@ -48,25 +75,28 @@ def linear_add(x: torch.Tensor, other: torch.Tensor, weight: torch.Tensor, bias:
 @dataclass(frozen=True)
 class Layer:
     """What a linear layer is called with: `pack` is its weight's place among the packed ones, `bias` its bias's among the
-    tensors; it gives part `part` of an output that is split into `sizes`."""
+    tensors; it gives part `part` of an output that is split into `sizes`. `alone` says that no other layer has its input."""
 
     pack: int
     bias: int | None
     part: int = 0
     sizes: tuple[int, ...] = ()
+    alone: bool = True
 
 
 @dataclass
 class Weights:
     """A model's parameters as its traced functions take them: a list, each tensor once.
 
-    `packs` are the places of those that linear layers use, to be packed when the file is opened.
+    `packs` are the places of those that linear layers use, to be packed when the file is opened; `shared` those of them that
+    something else uses too.
     """
 
     tensors: list[torch.Tensor] = field(default_factory=list)
     packs: list[int] = field(default_factory=list)
     places: dict[int, int] = field(default_factory=dict)
     layers: dict[int, Layer] = field(default_factory=dict)
+    shared: set[int] = field(default_factory=set)
 
     def add(self, tensor: torch.Tensor) -> int:
         self.tensors.append(tensor.detach())
@@ -81,9 +111,15 @@ class Linears:
         """What `collect` finds in a module, which may be the model at another precision."""
         return collect(module, lambda: module(**example))
 
-    def applied(self, weights: Weights, tensors: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> Fuse:
+    def applied(
+        self,
+        weights: Weights,
+        tensors: Sequence[torch.Tensor],
+        packed: Sequence[torch.Tensor],
+        records: Sequence[torch.Tensor] = (),
+    ) -> Fuse:
         """The mode to trace in."""
-        return Fuse(weights, tensors, packed)
+        return Fuse(weights, tensors, packed, records)
 
 
 def collect(module: torch.nn.Module, run: Callable[[], object]) -> Weights:
@@ -120,11 +156,15 @@ def collect(module: torch.nn.Module, run: Callable[[], object]) -> Weights:
     for parameter in module.parameters():
         if id(parameter) not in joined and id(parameter) not in weights.places:
             weights.places[id(parameter)] = weights.add(parameter)
-    for weight, bias in (pair for group in groups.values() for pair in group):
-        if id(weight) not in joined:
-            place = weights.places[id(weight)]
-            weights.packs.append(place)
-            weights.layers[id(weight)] = Layer(len(weights.packs) - 1, None if bias is None else weights.places[id(bias)])
+    for group in groups.values():
+        for weight, bias in group:
+            if id(weight) not in joined:
+                weights.packs.append(weights.places[id(weight)])
+                if id(weight) in elsewhere:
+                    weights.shared.add(weights.places[id(weight)])
+                weights.layers[id(weight)] = Layer(
+                    len(weights.packs) - 1, None if bias is None else weights.places[id(bias)], alone=len(group) == 1
+                )
     return weights
 
 
@@ -148,16 +188,27 @@ class Fuse(TorchFunctionMode):
         weights: what `collect` found.
         tensors: the traced inputs that stand for `weights.tensors`.
         packed: those that stand for the packed weights, in the order of `weights.packs`.
+        records: those that stand for what these need in int8, `RECORD` for each; none where no file is made that could be.
     """
 
-    def __init__(self, weights: Weights, tensors: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        tensors: Sequence[torch.Tensor],
+        packed: Sequence[torch.Tensor],
+        records: Sequence[torch.Tensor] = (),
+    ) -> None:
         super().__init__()
-        self.weights, self.tensors, self.packed = weights, tensors, packed
+        self.weights, self.tensors, self.packed, self.records = weights, tensors, packed, records
+        # How each packed weight runs: the name of what is fused with it.
+        self.runs = ["linear"] * len(packed)
         self._count: Counter[str] = Counter()
         # By a tensor's id: what its layer was given, the layer, the tensor, and the versions of both, since an operation in
         # place changes a tensor and keeps its identity.
         self._made: dict[int, tuple[torch.Tensor, Layer, torch.Tensor, tuple[int, int]]] = {}
         self._split: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        # By the id of gelu's result: it, its version, and the call that made it, to be made again for the layer that follows.
+        self._gelus: dict[int, tuple[torch.Tensor, int, Callable[[Sequence[torch.Tensor]], torch.Tensor]]] = {}
         self._kept: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -172,16 +223,19 @@ class Fuse(TorchFunctionMode):
             return attention(*plain)
         if name == "gelu" and (made := self._layer(args[0])) is not None:
             x, layer = made
-            self._count["linear_gelu"] += 1
+            self._ran("linear_gelu", layer)
             approximate = args[1] if len(args) > 1 else kwargs.get("approximate", "none")
-            return self._keep(linear_gelu(x, self.packed[layer.pack], self._bias(layer), approximate))
+            call = partial(linear_gelu, x, *self._weight(layer), approximate, self._record(layer))
+            output = self._keep(call())
+            self._gelus[id(output)] = (output, output._version, call)
+            return output
         if name in ("add", "__add__", "__radd__") and len(args) == 2 and not kwargs:
             for one, other in (args, args[::-1]):
                 made = self._layer(one)
                 if made is not None and isinstance(other, torch.Tensor) and other.shape == one.shape:
                     x, layer = made
-                    self._count["linear_add"] += 1
-                    return self._keep(linear_add(x, other, self.packed[layer.pack], self._bias(layer)))
+                    self._ran("linear_add", layer)
+                    return self._keep(linear_add(x, other, *self._weight(layer), self._record(layer)))
         return func(*map(self._traced, args), **{key: self._traced(value) for key, value in kwargs.items()})
 
     def counts(self) -> dict[str, int]:
@@ -193,14 +247,17 @@ class Fuse(TorchFunctionMode):
     def _linear(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
         if not layer.sizes:
             self._count["linear"] += 1
-            output = self._keep(linear(x, self.packed[layer.pack], self._bias(layer)))
+            gelu = self._gelus.get(id(x))
+            if gelu is not None and gelu[1] == x._version and layer.alone:
+                x = self._keep(gelu[2](self._record(layer)))
+            output = self._keep(linear(x, *self._weight(layer), self._record(layer)))
             self._made[id(output)] = (x, layer, output, (x._version, output._version))
             return output
         key = (id(x), layer.pack)
         if key not in self._split:
-            self._count["concat_linear"] += 1
+            self._ran("concat_linear", layer)
             self._kept.append(x)
-            output = linear(x, self.packed[layer.pack], self._bias(layer))
+            output = linear(x, *self._weight(layer), self._record(layer))
             self._split[key] = torch.split(output, list(layer.sizes), dim=-1)
         return self._split[key][layer.part]
 
@@ -211,8 +268,16 @@ class Fuse(TorchFunctionMode):
         x, layer, output, versions = made
         return (x, layer) if versions == (x._version, output._version) else None
 
-    def _bias(self, layer: Layer) -> torch.Tensor | None:
-        return None if layer.bias is None else self.tensors[layer.bias]
+    def _ran(self, name: str, layer: Layer) -> None:
+        self._count[name] += 1
+        self.runs[layer.pack] = name
+
+    def _weight(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The packed weight and the bias."""
+        return self.packed[layer.pack], None if layer.bias is None else self.tensors[layer.bias]
+
+    def _record(self, layer: Layer) -> list[torch.Tensor]:
+        return list(self.records[layer.pack * RECORD : (layer.pack + 1) * RECORD])
 
     def _traced(self, value: Any) -> Any:
         place = self.weights.places.get(id(value)) if isinstance(value, torch.nn.Parameter) else None

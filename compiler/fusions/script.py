@@ -24,34 +24,43 @@ def pack(tensors: list[torch.Tensor], packs: list[int]) -> list[torch.Tensor]:
     packed: list[torch.Tensor] = []
     for place in packs:
         weight = tensors[place]
+        if weight.dtype == torch.int8:
+            packed.append(torch.ops.onednn.qlinear_prepack(weight, None))
+            continue
         able = torch.ops.mkldnn._is_mkldnn_bf16_supported() if weight.dtype == torch.bfloat16 else True
         packed.append(torch.ops.mkldnn._reorder_linear_weight(weight, None) if able else weight)
     return packed
 
 
-def assemble(inputs: Sequence[str], dense: Any, packed: Any, weights: Weights) -> torch.jit.ScriptModule:
+def assemble(
+    inputs: Sequence[str], dense: Any, packed: Any, weights: Weights, records: Sequence[torch.Tensor], about: str
+) -> torch.jit.ScriptModule:
     """A module that takes `inputs` by name and returns a dict. One of text runs `dense` when nothing is padded, else `packed`;
     others run `dense`.
 
     A mask that is left out is one of ones, and token types that are left out are zeros, as the original has it.
+
+    Args:
+        records: of the packed weights, as `compiler.fusions.int8` has them.
+        about: what the file tells of itself to those who make another of it.
 
     Raises:
         StageError: no module here takes those inputs: a script's arguments stand in its source.
     """
 
     class Held(torch.nn.Module):
-        def __init__(self, tensors: list[torch.Tensor], packs: list[int]) -> None:
+        def __init__(self, tensors: list[torch.Tensor], packs: list[int], records: list[torch.Tensor], about: str) -> None:
             super().__init__()
-            self.tensors, self.packs = tensors, packs
+            self.tensors, self.packs, self.records, self.about = tensors, packs, records, about
             self.packed = pack(tensors, packs)
 
         @torch.jit.export
-        def __getstate__(self) -> tuple[list[torch.Tensor], list[int], bool]:
-            return self.tensors, self.packs, self.training
+        def __getstate__(self) -> tuple[list[torch.Tensor], list[int], list[torch.Tensor], str, bool]:
+            return self.tensors, self.packs, self.records, self.about, self.training
 
         @torch.jit.export
-        def __setstate__(self, state: tuple[list[torch.Tensor], list[int], bool]) -> None:
-            self.tensors, self.packs, self.training = state
+        def __setstate__(self, state: tuple[list[torch.Tensor], list[int], list[torch.Tensor], str, bool]) -> None:
+            self.tensors, self.packs, self.records, self.about, self.training = state
             self.packed = pack(self.tensors, self.packs)
 
     class Encoder(Held):
@@ -61,13 +70,13 @@ def assemble(inputs: Sequence[str], dense: Any, packed: Any, weights: Weights) -
                 raise ValueError("attention_mask: must be [batch, sequence], as input_ids is; 0 at padding")
             real = mask != 0
             if bool(real.all()):
-                outputs: dict[str, torch.Tensor] = dense(inputs, self.tensors, self.packed)
+                outputs: dict[str, torch.Tensor] = dense(inputs, self.tensors, self.packed, self.records)
             elif bool(real.any()):
-                outputs = packed(inputs, self.tensors, self.packed)
+                outputs = packed(inputs, self.tensors, self.packed, self.records)
             else:  # nothing to pack: a row more, with a token, whose answers nobody gets
                 more = [torch.cat([value, value[:1]]) for value in inputs]
                 more[1][-1, 0] = 1
-                outputs = packed(more, self.tensors, self.packed)
+                outputs = packed(more, self.tensors, self.packed, self.records)
                 for name, value in outputs.items():
                     outputs[name] = value[:-1]
             return outputs
@@ -126,7 +135,7 @@ def assemble(inputs: Sequence[str], dense: Any, packed: Any, weights: Weights) -
     }
     if (form := forms.get(tuple(inputs))) is None:
         raise StageError(f"torchscript: no module for a model that takes {', '.join(inputs)}; leave that format out")
-    made = form(weights.tensors, weights.packs)
+    made = form(weights.tensors, weights.packs, list(records), about)
     # Not frozen: in traces of plain weights nothing is left to fold, and inlining them into one method is what torch's reader
     # is slow at (2 s and 1.07 GB for the file of a MiniLM, against 0.3 s and 0.45 GB).
     script: torch.jit.ScriptModule = torch.jit.script(made.eval())

@@ -17,13 +17,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiler.accuracy import ANSWER, Answering
 from compiler.embedding import with_sentence_embedding
-from compiler.errors import SourceError, StageError
+from compiler.errors import ConfigError, SourceError, StageError
 from compiler.hashing import hash_files
 from compiler.modalities import MODALITIES
 from compiler.numerics import Case, rows
-from compiler.samples import LEFT, read_cases
-from compiler.sources import read_config
+from compiler.samples import ACCURACY, LEFT, MAX_ACCURACY_LINES, accuracy_cases, read_cases
+from compiler.sources import pooling, read_config
 from compiler.tasks import TASKS
 from compiler.types import Model, Signature, Snapshot, Tensor
 from compiler.workers import LOAD_THREADS
@@ -336,14 +337,22 @@ def reference(
     batches: Sequence[int],
     sequences: Sequence[int] | None,
     options: Mapping[str, bool],
+    labels: Sequence[tuple[int, str | int]] | None = None,
+    accurate: bool = False,
 ) -> dict[str, Any]:
     """Write the samples and the untouched fp32 model's outputs on them, before anything is fused or converted.
 
     Files: `samples.safetensors`, with `<case>.<input>` as the model takes it and, where not all rows count,
     `<case>.counts.<output>` uint8 `[batch]` and `<case>.real.<axis>` uint8 `[batch, axis]`; `reference.safetensors`, with
-    `<case>.<output>` float32 `[rows, width]`, the real rows (see `compiler.numerics.rows`).
+    `<case>.<output>` float32 `[rows, width]`, the real rows (see `compiler.numerics.rows`), and, with
+    `accurate`, the texts' answers as `answer.<name>` (see `compiler.accuracy.answers`).
+
+    Args:
+        labels: of labelled texts, for each the line that it stands in and its label, by name or number.
+        accurate: whether texts' answers are wanted too: for int8.
 
     Raises:
+        ConfigError: a label is none of the model's.
         StageError: an output of the original is not finite, so nothing can be held against it.
         Also what `load` and `cases` raise.
     """
@@ -354,6 +363,8 @@ def reference(
     model = load(snapshot, task, aside=out, **options)
     made = MODALITIES[TASKS[task].modality].samples(model, lines, batches, sequences)
     found = made.cases
+    if accurate:
+        found = [*found, *accuracy_cases(model, lines)]
     described = signature(model)
     keep = {}
     for tensor in described.outputs:
@@ -371,7 +382,10 @@ def reference(
             counted.append(replace(case, counts=counts, shapes={name: answers[name].shape for name in derived}))
             yield counted[-1], answers
 
-    _write_reference(out, answered(), described.outputs, keep)
+    answering = None
+    if accurate:
+        answering = {"task": task, "pooling": pooling(snapshot), "mask_token": model.tokenizer.mask_token_id}
+    _write_reference(out, answered(), described.outputs, keep, answering)
     samples = {f"{number:03d}.{name}": value for number, case in enumerate(counted) for name, value in case.inputs.items()}
     for number, case in enumerate(counted):
         for kind, values in (("counts", case.counts), ("real", case.real)):
@@ -381,6 +395,8 @@ def reference(
         "architecture": type(model.module).__name__,
         "cases": [_described(case) for case in counted],
         "keep": keep,
+        "answering": answering,
+        "labels": None if labels is None else label_numbers(model, labels)[:MAX_ACCURACY_LINES],
         "left_out": list(model.left_out),
         "note": made.note,
         "positions": model.positions,
@@ -406,7 +422,7 @@ def reference_again(
     model = load(snapshot, task, aside=out, **options)
     outputs = Signature.from_json(known["signature"]).outputs
     answered = ((case, run_eager(model, case.inputs)) for case in read_cases(samples, known))
-    _write_reference(out, answered, outputs, known["keep"])
+    _write_reference(out, answered, outputs, known["keep"], known.get("answering"))
 
 
 def _write_reference(
@@ -414,12 +430,17 @@ def _write_reference(
     answered: Iterable[tuple[Case, Mapping[str, np.ndarray[Any, Any]]]],
     outputs: Sequence[Tensor],
     keep: Mapping[str, int],
+    answering: Mapping[str, Any] | None,
 ) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
     expected: dict[str, np.ndarray[Any, Any]] = {}
+    texts = Answering(answering)
     for number, (case, answers) in enumerate(answered):
+        if case.name == ACCURACY:
+            texts.add(case, answers)
+            continue
         for tensor in outputs:
             cut = rows(answers[tensor.name], tensor, case, keep[tensor.name])
             values = np.where(cut.real, cut.values, 0.0).astype(np.float32)
@@ -429,7 +450,20 @@ def _write_reference(
                     f"{case.shape}; the checkpoint is damaged"
                 )
             expected[f"{number:03d}.{tensor.name}"] = values
+    expected |= {f"{ANSWER}{name}": value for name, value in texts.stacked().items()}
     save_file(expected, str(out / REFERENCE))
+
+
+def label_numbers(model: Model, labels: Sequence[tuple[int, str | int]]) -> list[int]:
+    """Labels as the numbers of the model's. Raises ConfigError, with the line, when it has no such label."""
+    names: dict[str, int] = {str(name): int(number) for name, number in (model.module.config.label2id or {}).items()}  # type: ignore[union-attr, operator]
+    found = []
+    for line, label in labels:
+        number = label if isinstance(label, int) else names.get(label)
+        if number is None or not 0 <= number < max(len(names), 1):
+            raise ConfigError(f"data.validation:{line}: label {label!r} is none of the model's; it has {', '.join(names)}")
+        found.append(number)
+    return found
 
 
 def _own_support(model: Model, snapshot: Snapshot, out: Path) -> list[str]:

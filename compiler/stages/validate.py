@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compiler.accuracy import ANSWER, Answering, figures
 from compiler.backends import BACKENDS
 from compiler.errors import NumericsError
 from compiler.numerics import Case, Pair, compare, rows
-from compiler.samples import read_cases
+from compiler.samples import ACCURACY, read_cases
 from compiler.types import Artifact, Signature, Tensor
 from compiler.workers import THREADS
 
@@ -36,8 +37,12 @@ def validate(root: Path, artifact: Artifact, samples: Path, reference: Path, kno
     except Exception as error:
         raise NumericsError(f"{where}: the file does not open in its runtime: {_brief(error)}") from error
 
+    int8 = artifact.precision == "int8"
+    texts = Answering(known.get("answering"))
     pairs: dict[str, list[Pair]] = {tensor.name: [] for tensor in tensors}
     for number, case in enumerate(read_cases(samples, known)):
+        if case.name == ACCURACY and not int8:
+            continue
         shape = "x".join(map(str, case.shape))
         try:
             outputs = runner(case.inputs)
@@ -52,10 +57,32 @@ def validate(root: Path, artifact: Artifact, samples: Path, reference: Path, kno
                     f"{where}: output {tensor.name} of sample {case.name!r} ({shape}) is "
                     f"{list(outputs[tensor.name].shape)}, the original's is {list(wanted)}"
                 )
+            if case.name == ACCURACY:
+                continue
             actual = rows(outputs[tensor.name], tensor, case, known["keep"][tensor.name])
             original = type(actual)(expected[f"{number:03d}.{tensor.name}"].astype("float64"), actual.index, actual.real)
             pairs[tensor.name].append(Pair(case, original, actual))
-    return {tensor.name: compare(pairs[tensor.name], tensor, logits="logits" in tensor.name) for tensor in tensors}
+        if case.name == ACCURACY:
+            texts.add(case, outputs)
+    compared = {tensor.name: compare(pairs[tensor.name], tensor, logits="logits" in tensor.name) for tensor in tensors}
+    return (
+        {**{name: _coarse(result) for name, result in compared.items()}, **_accuracy(texts, expected, known)}
+        if int8
+        else compared
+    )
+
+
+def _coarse(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an int8 artifact's elements, what shows that a shape or a kind of padding goes wrong; the rest is for the answers."""
+    kept = ("max_abs", "max_rel")
+    return {**result, **{part: {name: result[part][name] for name in kept} for part in ("figures", "worst")}}
+
+
+def _accuracy(texts: Answering, expected: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    original = {name.removeprefix(ANSWER): value for name, value in expected.items() if name.startswith(ANSWER)}
+    found = figures(original, texts.stacked(), known.get("labels"))
+    count = len(next(iter(original.values())))
+    return {"answers": {"figures": found, "worst": dict.fromkeys(found, f"all {count} of the validation text together")}}
 
 
 def _shape(tensor: Tensor, case: Case, signature: Signature) -> tuple[int, ...]:

@@ -14,10 +14,12 @@ from torch.nn import functional
 
 from compiler.backends import torchscript
 from compiler.fusions import linear
+from compiler.quantization.layers import Layers
 from compiler.stages.load import run_eager
 from compiler.types import Model, Target
 from tests.backends.conftest import export as export_artifact
 from tests.backends.conftest import load_checkpoint
+from tests.backends.test_torchscript_int8 import plan
 from tests.zoo import save_checkpoint
 
 CPP = """
@@ -160,7 +162,7 @@ def test_what_changes_in_place_is_not_fused_away() -> None:
 
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="no cmake or no C++ compiler here")
 def test_runs_in_cpp(model: Model, tmp_path: Path) -> None:
-    """The file opens in torch's own C++ library, packs its weights there, and answers as in Python, padded and not."""
+    """Files open in torch's own C++ library, pack their weights there, and answer as in Python, padded and not."""
     path, _ = export(tmp_path / "out", model, "fp32")
     (tmp_path / "encode.cpp").write_text(CPP)
     (tmp_path / "CMakeLists.txt").write_text(CMAKE)
@@ -168,13 +170,15 @@ def test_runs_in_cpp(model: Model, tmp_path: Path) -> None:
     for command in (["cmake", "-S", ".", "-B", "build", prefix], ["cmake", "--build", "build"]):
         built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert built.returncode == 0, built.stdout + built.stderr
-    script = torch.jit.load(path)
-    for padded in (False, True):
-        ids = torch.arange(6, 20).reshape(2, 7)
-        mask = torch.ones_like(ids)
-        if padded:
-            mask[1, 4:] = 0
-        expected = float((script(ids, mask, ids * 0)["last_hidden_state"] * mask[..., None]).sum())
-        arguments = [str(tmp_path / "build/encode"), str(path), *(["padded"] if padded else [])]
-        answer = subprocess.run(arguments, capture_output=True, text=True, check=True)
-        assert abs(float(answer.stdout) - expected) < 1e-3 * max(1.0, abs(expected))
+    torchscript.quantize(tmp_path / "int8", tmp_path / "out", Layers(plan(model.module, dict(model.example))), "fp32")
+    for file in (path, tmp_path / "int8" / torchscript.files("int8")[0]):
+        script = torch.jit.load(file)
+        for padded in (False, True):
+            ids = torch.arange(6, 20).reshape(2, 7)
+            mask = torch.ones_like(ids)
+            if padded:
+                mask[1, 4:] = 0
+            expected = float((script(ids, mask, ids * 0)["last_hidden_state"] * mask[..., None]).sum())
+            arguments = [str(tmp_path / "build/encode"), str(file), *(["padded"] if padded else [])]
+            answer = subprocess.run(arguments, capture_output=True, text=True, check=True)
+            assert abs(float(answer.stdout) - expected) < 1e-3 * max(1.0, abs(expected))

@@ -1,0 +1,176 @@
+"""What rounding does to answers: are neighbours still neighbours, and labels still the labels? Pure numpy.
+
+Every element of an int8 artifact's output departs a little. What a user must know is how many answers change, so these
+figures are over a text's answer: its embedding, its label, its words' labels, its span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from compiler.numerics import Array, Case, cosine
+
+# Fewer texts than this say nothing of which of them are neighbours.
+LEAST_TEXTS = 16
+# The longest answer, in tokens, of a question; as SQuAD's evaluation of BERT has it.
+MAX_SPAN = 30
+
+Answers = Mapping[str, Array]
+# What the names of answers start with among references.
+ANSWER = "answer."
+
+
+class Answering:
+    """Answers, stacked as they come. `how` is what `compiler.stages.load.reference` returned as `answering`."""
+
+    def __init__(self, how: Mapping[str, Any] | None) -> None:
+        self.how = how or {}
+        self._parts: list[dict[str, Array]] = []
+
+    def add(self, case: Case, outputs: Mapping[str, Array]) -> None:
+        """The answers of one more batch."""
+        masked = case.inputs["input_ids"] == self.how["mask_token"] if self.how["task"] == "fill-mask" else None
+        self._parts.append(answers(self.how["task"], outputs, case.mask, self.how["pooling"], masked))
+
+    def stacked(self) -> dict[str, Array]:
+        """All of them, by name; empty when there was none."""
+        return {name: np.concatenate([part[name] for part in self._parts]) for name in (self._parts or [{}])[0]}
+
+
+def answers(
+    task: str, outputs: Mapping[str, Array], mask: Array, pooling: Mapping[str, Any], places: Array | None = None
+) -> dict[str, Array]:
+    """The answers of a batch, float64, by name.
+
+    Args:
+        outputs: the model's, as arrays.
+        mask: True at real tokens, `[batch, sequence]`.
+        pooling: for feature-extraction, `mode` (`mean`, `cls`, `max` or `lasttoken`) of tokens into a text's vector.
+        places: for fill-mask, True at the masked tokens, `[batch, sequence]`.
+
+    Returns:
+        feature-extraction: `embedding` `[batch, hidden]`, of length 1; text-classification: `logits` `[batch, labels]`;
+        token-classification and fill-mask: `logits` `[tokens, labels]` of the real, or masked, tokens;
+        question-answering: `span` `[batch, 2]`, the tokens where the best answer starts and ends.
+    """
+    if task == "feature-extraction":
+        return {"embedding": embed(outputs["last_hidden_state"], mask, pooling)}
+    if task == "question-answering":
+        return {"span": spans(outputs["start_logits"], outputs["end_logits"], mask)}
+    logits = np.asarray(outputs["logits"], dtype=np.float64)
+    if logits.shape[:2] == mask.shape and logits.ndim == 3:
+        return {"logits": logits[mask if places is None else places & mask]}
+    return {"logits": logits.reshape(len(logits), -1)}
+
+
+def embed(tokens: Array, mask: Array, pooling: Mapping[str, Any]) -> Array:
+    """Tokens' vectors `[batch, sequence, hidden]` as texts' `[batch, hidden]`, float64, of length 1, pooled as
+    sentence-transformers' `Pooling` has it."""
+    values = np.asarray(tokens, dtype=np.float64)
+    weight = mask[..., None].astype(np.float64)
+    mode = pooling.get("mode", "mean")
+    if mode == "cls":
+        pooled = values[np.arange(len(values)), mask.argmax(axis=1)]
+    elif mode == "lasttoken":
+        pooled = values[np.arange(len(values)), mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)]
+    elif mode == "max":
+        pooled = np.where(weight > 0, values, -np.inf).max(axis=1)
+    else:
+        pooled = (values * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1)
+    norms: Array = np.linalg.norm(pooled, axis=1, keepdims=True)
+    result: Array = pooled / np.maximum(norms, 1e-12)
+    return result
+
+
+def spans(starts: Array, ends: Array, mask: Array) -> Array:
+    """The best span of each text, int64 `[batch, 2]`: the largest sum of a start and an end that does not come before it; -1
+    for a text of which a real token's logit is not finite."""
+    found = np.zeros((len(starts), 2), dtype=np.int64)
+    for row, (start, end, real) in enumerate(zip(starts, ends, mask, strict=True)):
+        if not (np.isfinite(start[real]).all() and np.isfinite(end[real]).all()):
+            found[row] = -1
+            continue
+        scores = np.where(real, start, -np.inf)[:, None] + np.where(real, end, -np.inf)[None]
+        length = np.arange(len(start))[None] - np.arange(len(start))[:, None]
+        scores = np.where((length >= 0) & (length < MAX_SPAN), scores, -np.inf)
+        found[row] = np.unravel_index(int(scores.argmax()), scores.shape)
+    return found
+
+
+def figures(reference: Answers, actual: Answers, labels: Sequence[int] | None = None) -> dict[str, float]:
+    """How far answers, stacked over all texts, are from the original's.
+
+    `cosine`: the smallest of a text's two embeddings. `neighbours`: the share of texts whose nearest other text, among the
+    artifact's own embeddings, is the one it was. `rank`: Spearman's correlation of the similarities of all pairs of texts.
+    `argmax`: the share of rows of logits with the same largest element. `kl`: the mean of KL(original || artifact) of their
+    softmax, nats (of a single logit, of its sigmoid). `spans`: the share of answers with the same start and end. `drop`:
+    with `labels`, by how much the accuracy fell (0.01 is a point; negative when it rose).
+    An answer that is not finite makes every figure the worst possible.
+    """
+    found: dict[str, float] = {}
+    if any(not np.isfinite(value).all() for value in actual.values()) or (actual.get("span", np.zeros(1)) < 0).any():
+        names = {
+            "embedding": {"cosine": -1.0, "neighbours": 0.0, "rank": -1.0},
+            "logits": {"argmax": 0.0, "kl": 1e308, "drop": 1.0},
+        }
+        return {name: worst for kind in actual for name, worst in names.get(kind, {"spans": 0.0}).items()}
+    if "embedding" in reference:
+        before, after = reference["embedding"], actual["embedding"]
+        found["cosine"] = float(cosine(before, after).min())
+        if len(before) >= LEAST_TEXTS:
+            found["neighbours"] = float((nearest(before) == nearest(after)).mean())
+            upper = np.triu_indices(len(before), 1)
+            found["rank"] = spearman((before @ before.T)[upper], (after @ after.T)[upper])
+    if "logits" in reference:
+        before, after = reference["logits"], actual["logits"]
+        choices = [_choice(before), _choice(after)]
+        found["argmax"] = float((choices[0] == choices[1]).mean())
+        logs = [_log_probabilities(before), _log_probabilities(after)]
+        found["kl"] = float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1).mean())
+        if labels is not None:
+            right = [float((choice == np.asarray(labels)).mean()) for choice in choices]
+            found["accuracy"] = right[1]
+            found["drop"] = right[0] - right[1]
+    if "span" in reference:
+        found["spans"] = float((reference["span"] == actual["span"]).all(axis=1).mean())
+    return found
+
+
+def nearest(embeddings: Array) -> Array:
+    """The nearest other row of each row, by cosine; rows have length 1."""
+    similarity = embeddings @ embeddings.T
+    np.fill_diagonal(similarity, -np.inf)
+    found: Array = similarity.argmax(axis=1)
+    return found
+
+
+def spearman(one: Array, other: Array) -> float:
+    """Spearman's rank correlation; of values that are all the same, 0."""
+    ranks = [_ranks(values) for values in (one, other)]
+    deviations = [values - values.mean() for values in ranks]
+    norm = np.linalg.norm(deviations[0]) * np.linalg.norm(deviations[1])
+    return float(deviations[0] @ deviations[1] / norm) if norm > 0 else 0.0
+
+
+def _ranks(values: Array) -> Array:
+    """Ranks from 0; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    mean: Array = (ends - (counts + 1) / 2)[inverse]
+    return mean
+
+
+def _choice(logits: Array) -> Array:
+    """The label of each row: the largest logit; of a single one, whether it is positive."""
+    choice: Array = logits.argmax(axis=1) if logits.shape[1] > 1 else (logits[:, 0] > 0).astype(np.int64)
+    return choice
+
+
+def _log_probabilities(logits: Array) -> Array:
+    wide = logits if logits.shape[1] > 1 else np.concatenate([np.zeros_like(logits), logits], axis=1)
+    shifted = wide - wide.max(axis=1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result

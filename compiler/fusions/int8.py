@@ -1,0 +1,153 @@
+"""Linear layers in int8 as TorchScript runs them: quantize the input, then oneDNN's product with all that follows it inside.
+
+What a layer needs beside its packed weight are ten tensors, its *record*. All are empty where the layer is not in int8, so
+one trace serves every plan: which layers are in int8 is decided by what a file holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from compiler.quantization.layers import QuantizedLinear
+
+# The tensors of a record. `factor` float32 [out] is scale · weight_scale, and `bias` float32 [out] has the zero point's part
+# of the product in it, since what is known beforehand costs nothing when the layer runs. For the input: `multiplier` float32
+# [in], smooth / scale, or [1] without smoothing; `offset` float32 [1], zero_point + 0.5. For the layer before, when it makes
+# its result uint8 for this one: `scale` float32 [1], `zero_point` int32 [1]. `like`, empty, has the dtype of the result. Of
+# the channels that are given more than once, or empty: `repeated` int64 [n], and their multipliers and offsets, float32 [n].
+RECORD = 10
+
+
+def record(layer: QuantizedLinear, bias: torch.Tensor | None, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The record of a layer that had this bias, and whose results are of `dtype`."""
+    smooth = torch.ones(1) if layer.smooth is None else torch.from_numpy(layer.smooth)
+    repeated = torch.empty(0, dtype=torch.int64) if layer.repeated is None else torch.from_numpy(layer.repeated)
+    offset = torch.empty(0) if layer.offset is None else torch.from_numpy(layer.offset)
+    multiplier = (smooth.double() / layer.scale).float()
+    factor = torch.from_numpy(layer.weight_scale).double() * layer.scale
+    shift = torch.from_numpy(layer.shift) if bias is None else torch.from_numpy(layer.shift) + bias.float()
+    zero = torch.from_numpy(layer.weight).sum(dim=1, dtype=torch.int64) * layer.zero_point
+    return [
+        factor.float(),
+        multiplier[: layer.inputs],
+        torch.tensor([layer.zero_point + 0.5]),
+        torch.tensor([layer.scale], dtype=torch.float32),
+        torch.tensor([layer.zero_point], dtype=torch.int32),
+        (shift.double() - factor * zero).float(),
+        torch.empty(0, dtype=dtype),
+        repeated,
+        multiplier[layer.inputs :],
+        offset + (layer.zero_point + 0.5),
+    ]
+
+
+@torch.jit.script
+def quantize(x: torch.Tensor, record: list[torch.Tensor]) -> torch.Tensor:
+    """`x` as uint8, with the repeated channels behind; as it is where the layer before has done so.
+
+    Adding the half before the fraction is cut rounds as it should, since nothing below 0 is left. int16 comes between since
+    torch converts it to uint8 with vector instructions, which it does not do for float32 (6 times slower). A part of the rows
+    at a time keeps what comes between in the cache, and memory from being asked for anew.
+    """
+    if x.dtype == torch.uint8:
+        return x
+    width = x.size(-1)
+    step = max(1, 131072 // max(1, width))
+    more = record[7].numel()
+    if more == 0 and x.numel() <= step * width:
+        steps = torch.addcmul(record[2], x.to(torch.float32), record[1]).clamp_(0.0, 255.0)
+        return steps.to(torch.int16).to(torch.uint8)
+    rows = x.reshape(-1, width)
+    output = torch.empty((rows.size(0), width + more), dtype=torch.uint8)
+    for start in range(0, rows.size(0), step):
+        end = min(start + step, rows.size(0))
+        part = rows[start:end]
+        steps = torch.addcmul(record[2], part.to(torch.float32), record[1]).clamp_(0.0, 255.0)
+        output[start:end].narrow(1, 0, width).copy_(steps.to(torch.int16))
+        if more > 0:
+            wide = part.index_select(1, record[7]).to(torch.float32)
+            steps = torch.addcmul(record[9], wide, record[8]).clamp_(0.0, 255.0)
+            output[start:end].narrow(1, width, more).copy_(steps.to(torch.int16))
+    shape = list(x.size())
+    shape[-1] = width + more
+    return output.reshape(shape)
+
+
+@torch.jit.script
+def supported(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a product may have on this CPU, for one that is wanted."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return dtype
+
+
+@torch.jit.script
+def int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    record: list[torch.Tensor],
+    gelu: str | None,
+    following: list[torch.Tensor] | None,
+) -> torch.Tensor:
+    """The layer, and gelu (of `gelu`'s approximation) of it.
+
+    Args:
+        weight: packed.
+        following: the record of the layer that the result is for alone, or none. It is quantized for it where one step
+            serves all channels.
+    """
+    post = "none" if gelu is None else "gelu"
+    dtype = record[6].dtype
+    scale, zero_point, made = 1.0, 0, supported(dtype)
+    if following is not None and following[1].numel() == 1 and following[7].numel() == 0:
+        scale, zero_point, made = float(following[3]), int(following[4]), torch.uint8
+    output: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+        quantize(x, record),
+        1.0,
+        0,
+        weight,
+        record[0],
+        record[4],
+        record[5],
+        scale,
+        zero_point,
+        made,
+        post,
+        [],
+        "none" if gelu is None else gelu,
+    )
+    if output.dim() != x.dim():  # of no rows at all it makes a matrix
+        output = output.reshape(x.shape[:-1] + record[0].shape)
+    return output if made == torch.uint8 or made == dtype else output.to(dtype)
+
+
+@torch.jit.script
+def int8_linear_add(x: torch.Tensor, other: torch.Tensor, weight: torch.Tensor, record: list[torch.Tensor]) -> torch.Tensor:
+    """`other` plus the layer, in the dtype of `other`."""
+    made = supported(other.dtype)
+    output: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+        quantize(x, record),
+        1.0,
+        0,
+        weight,
+        record[0],
+        record[4],
+        other if made == other.dtype else other.to(made),
+        record[5],
+        1.0,
+        0,
+        made,
+        1.0,
+        0,
+        "add",
+        1.0,
+        "none",
+        [],
+        "",
+    )
+    if output.dim() != other.dim():
+        output = output.reshape(other.shape)
+    return output if made == other.dtype else output.to(other.dtype)

@@ -1,0 +1,440 @@
+"""Calibrate: the model's linear layers in int8, from statistics of real text, and how much each alone costs in accuracy.
+
+All of it is measured on the eager original, once for all formats. A layer's numbers are found so that its output stays
+close: the input's channels are evened out (SmoothQuant, Xiao et al. 2022, with the exponent that does best), the few that
+are far wider than the others are given several times (as outlier channel splitting, Zhao et al. 2019, but finer with each
+time: see `layers`), and weights are rounded one column after the other, each taking over the error of those before (GPTQ,
+Frantar et al. 2022), against the inputs as they are once quantized. Padding is never seen: only real tokens count.
+
+What was tried and does not help: scales of each token's own, zero points of each channel's own, narrower ranges that cut
+what is beyond, least squares before GPTQ, and training the rounded weights against the original (four epochs: 4 % less
+error). What remains is the noise of 8-bit inputs, which no weights can take back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compiler.accuracy import Answers, answers
+from compiler.quantization.layers import QuantizedLinear, digest, save
+from compiler.samples import masked_places, together
+from compiler.types import Model
+
+LAYERS = "layers.safetensors"
+# Texts are run in batches of so many, the short ones together.
+BATCH = 16
+# Rows of an input that are kept to round weights against, all layers together at most so many bytes.
+MAX_ROWS, MAX_BYTES = 4096, 1 << 30
+# Of those, what SmoothQuant's exponent is chosen on.
+TRIAL_ROWS = 768
+EXPONENTS = (0.0, 0.6, 0.8, 0.9, 1.0)
+# How many channels may be given more than once, how often at most, and what that must make of the error: columns cost time.
+WIDE, TIMES, WORTH = 8, 16, 0.75
+# What is added to the diagonal of GPTQ's Hessian, in units of its mean; columns that are rounded between two updates.
+DAMPING, BLOCK = 0.01, 128
+# A layer with less than this share of the multiply-adds is not worth an error.
+LEAST_SHARE = 0.005
+# Texts that a layer's own share in the error is measured on.
+SENSITIVITY_TEXTS = 96
+
+
+@dataclass
+class Group:
+    """Linear layers that are given the same tensor, so that it is quantized once for all of them."""
+
+    names: tuple[str, ...]
+    low: torch.Tensor
+    high: torch.Tensor
+    rows: list[torch.Tensor] = field(default_factory=list)
+    tokens: int = 0
+
+    @property
+    def name(self) -> str:
+        return " + ".join(self.names)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A batch of texts: inputs, their mask, where they stand among all, and the masked tokens of fill-mask."""
+
+    inputs: Mapping[str, torch.Tensor]
+    mask: torch.Tensor
+    order: tuple[int, ...]
+    places: np.ndarray[Any, Any] | None
+
+
+def calibrate(
+    out: Path,
+    model: Model,
+    texts: Sequence[tuple[str, ...]],
+    held: Sequence[tuple[str, ...]],
+    pooling: Mapping[str, Any],
+    bits: int,
+) -> dict[str, Any]:
+    """Write `layers.safetensors`, every linear layer in int8, and return what is known of them.
+
+    Args:
+        texts: what statistics are taken from.
+        held: other texts, on which the error of each layer alone is measured.
+        pooling: as `compiler.accuracy.answers` takes it.
+        bits: 8, or 7 for weights within ±63.
+
+    Returns:
+        `groups`: of each group of layers its `names`, `cost` (share of all multiply-adds of linear layers), `outputs` (the
+        width of all its layers' results together), `error` (the mean
+        squared error of the answers when this group alone is int8, in units of their variance); `left`: by layer's name, why
+        it is no candidate.
+    """
+    module = model.module
+    groups, left = collect(module, list(batches(model, texts)))
+    total = sum(_work(module, group) for group in groups)
+    left |= {
+        name: "it does too little of the work"
+        for group in groups
+        if _work(module, group) < LEAST_SHARE * total
+        for name in group.names
+    }
+    groups = [group for group in groups if _work(module, group) >= LEAST_SHARE * total]
+    layers = [layer for group in groups for layer in quantize(module, group, bits)]
+    save(out / LAYERS, layers)
+    by_name = {layer.name: layer for layer in layers}
+    emulation = Emulation(module, by_name.values())
+    trial = list(batches(model, held[:SENSITIVITY_TEXTS]))
+    before = answer(model, trial, pooling)
+    described = []
+    for group in groups:
+        with emulation.applied(group.names):
+            after = answer(model, trial, pooling)
+        described.append(
+            {
+                "names": list(group.names),
+                "cost": _work(module, group) / total,
+                "outputs": sum(by_name[name].outputs for name in group.names),
+                "error": departure(before, after),
+            }
+        )
+    return {"groups": described, "left": left}
+
+
+def departure(before: Answers, after: Answers) -> float:
+    """The mean squared difference of answers in units of their variance; of spans, the share that differs."""
+    errors = []
+    for name, value in before.items():
+        if name == "span":
+            errors.append(float((value != after[name]).any(axis=1).mean()))
+        else:
+            errors.append(float(((value - after[name]) ** 2).mean() / max(float(value.var()), 1e-12)))
+    return max(errors)
+
+
+def batches(model: Model, texts: Sequence[tuple[str, ...]]) -> Iterator[Text]:
+    """Texts as tensors, the short ones together, cut to what the model takes."""
+    order = sorted(range(len(texts)), key=lambda number: (sum(map(len, texts[number])), number))
+    for start in range(0, len(order), BATCH):
+        chosen = tuple(order[start : start + BATCH])
+        arrays = together(model, [texts[number] for number in chosen])
+        mask = torch.from_numpy(arrays["attention_mask"]).bool()
+        inputs = {name: torch.from_numpy(value) for name, value in arrays.items()}
+        yield Text(inputs, mask, chosen, masked_places(model, arrays["input_ids"]))
+
+
+def answer(model: Model, texts: Sequence[Text], pooling: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """The answers of the model as it is now, stacked over the texts; where an answer is one a text, in their order."""
+    parts: list[dict[str, np.ndarray[Any, Any]]] = []
+    with torch.inference_mode():
+        for text in texts:
+            outputs = model.module(**text.inputs)
+            arrays = {name: value.float().numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+            parts.append(answers(model.task, arrays, text.mask.numpy(), pooling, text.places))
+    order = np.argsort(np.concatenate([text.order for text in texts]))
+    stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: value[order] if len(value) == len(order) else value for name, value in stacked.items()}
+
+
+def collect(module: torch.nn.Module, texts: Sequence[Text]) -> tuple[list[Group], dict[str, str]]:
+    """Run texts and gather, for each group of linear layers, the range of every channel of its input and some of its rows;
+    and why other layers are none."""
+    linears = {name: part for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)}
+    own: dict[int, str] = {}
+    for name, part in linears.items():
+        own.setdefault(id(part.weight), name)  # layers that share weights are one
+    left = {
+        name: f"it shares its weights with {own[id(part.weight)]}"
+        for name, part in linears.items()
+        if own[id(part.weight)] != name
+    }
+    if own_elsewhere := {
+        id(part.weight): name for name, part in module.named_modules() if isinstance(part, torch.nn.Embedding)
+    }:
+        for name, part in linears.items():
+            if id(part.weight) in own_elsewhere:
+                left[name] = f"its weights are {own_elsewhere[id(part.weight)]}'s too"
+    together: dict[int, list[str]] = {}
+    kept: list[torch.Tensor] = []
+    token_rows: dict[str, bool] = {}
+    mask = texts[0].mask
+
+    def first(name: str) -> Callable[..., None]:
+        def hook(part: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            kept.append(arguments[0])  # or another tensor may get its id
+            together.setdefault(id(arguments[0]), []).append(name)
+            token_rows[name] = arguments[0].dim() == 3 and arguments[0].shape[:2] == mask.shape
+
+        return hook
+
+    with _hooks(linears, first), torch.inference_mode():
+        module(**texts[0].inputs)
+    left |= {name: "the model does not use it" for name in linears if name not in token_rows}
+    left |= {name: "it sees one row a text, which is no work" for name, tokens in token_rows.items() if not tokens}
+    groups: list[Group] = []
+    of: dict[str, Group] = {}
+    for given in together.values():
+        names = tuple(name for name in dict.fromkeys(given) if name not in left and name not in of)
+        if names:
+            width = linears[names[0]].in_features
+            groups.append(Group(names, torch.full((width,), np.inf), torch.full((width,), -np.inf)))
+            of |= dict.fromkeys(names, groups[-1])
+    widths = sum(len(group.low) for group in groups)
+    most = max(256, min(MAX_ROWS, MAX_BYTES // (4 * max(widths, 1))))
+    tokens = sum(int(text.mask.sum()) for text in texts)
+    # The same places in every layer, spread evenly over all tokens.
+    step = max(1, tokens // most)
+    seen = 0
+
+    def gather(name: str) -> Callable[..., None]:
+        group = of[name]
+
+        def hook(part: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            rows = arguments[0][mask]
+            group.low = torch.minimum(group.low, rows.amin(dim=0))
+            group.high = torch.maximum(group.high, rows.amax(dim=0))
+            group.rows.append(rows[(-seen) % step :: step].clone())
+            group.tokens += len(rows)
+
+        return hook
+
+    leaders = {group.names[0]: linears[group.names[0]] for group in groups}
+    with _hooks(leaders, gather), torch.inference_mode():
+        for text in texts:
+            mask = text.mask
+            module(**text.inputs)
+            seen += int(mask.sum())
+    return groups, left
+
+
+@contextmanager
+def _hooks(layers: Mapping[str, torch.nn.Module], make: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
+    handles = [part.register_forward_pre_hook(make(name)) for name, part in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _work(module: torch.nn.Module, group: Group) -> int:
+    """Multiply-adds of a group over the calibration's tokens."""
+    parts = dict(module.named_modules())
+    weights: list[Any] = [parts[name].weight for name in group.names]
+    return sum(int(weight.numel()) for weight in weights) * group.tokens
+
+
+def quantize(module: torch.nn.Module, group: Group, bits: int) -> list[QuantizedLinear]:
+    """The layers of a group in int8: the exponent of SmoothQuant by the error of their outputs, the weights by GPTQ."""
+    parts = dict(module.named_modules())
+    weights: list[Any] = [parts[name].weight.detach().float() for name in group.names]
+    rows = torch.cat(group.rows)
+    group.rows.clear()
+    largest = 2 ** (bits - 1) - 1
+    trial = rows[:: max(1, len(rows) // TRIAL_ROWS)]
+    joined = torch.cat(weights)
+    exact = trial @ joined.T
+
+    def error(quantizer: Quantizer) -> float:
+        number, scale = _nearest(quantizer.spread(joined), largest)
+        return float(((quantizer(trial) @ number.mul(scale[:, None]).T - exact) ** 2).mean())
+
+    def best(channels: int) -> Quantizer:
+        return min((Quantizer.make(group, joined, exponent, channels) for exponent in EXPONENTS), key=error)
+
+    quantizer = best(0)
+    found, least = _rounded(quantizer, group.names, weights, rows, largest)
+    # Whether more columns are worth it shows after rounding only, which takes over most of what wide channels do to weights.
+    if len((wide := best(WIDE)).repeated):
+        other, lower = _rounded(wide, group.names, weights, rows, largest)
+        if lower < WORTH * least:
+            return other
+    return found
+
+
+def _rounded(
+    quantizer: Quantizer, names: Sequence[str], weights: Sequence[torch.Tensor], rows: torch.Tensor, largest: int
+) -> tuple[list[QuantizedLinear], float]:
+    """The layers with weights rounded for a quantizer, and the mean squared error of their outputs."""
+    inputs = quantizer(rows)
+    hessian = (inputs.T @ inputs).double()
+    found, squares = [], 0.0
+    smooth = None if bool((quantizer.smooth == 1).all()) else quantizer.smooth.numpy()
+    repeated = quantizer.repeated.numpy() if len(quantizer.repeated) else None
+    for name, weight in zip(names, weights, strict=True):
+        number, scale = gptq(quantizer.spread(weight), hessian, largest)
+        departures = rows @ weight.T - inputs @ (number * scale[:, None]).T
+        shift = departures.mean(dim=0)
+        squares += float(((departures - shift) ** 2).mean())
+        found.append(
+            QuantizedLinear(
+                name,
+                digest(weight.numpy()),
+                number.to(torch.int8).numpy(),
+                scale.numpy(),
+                smooth,
+                quantizer.scale,
+                quantizer.zero_point,
+                shift.numpy(),
+                repeated,
+                None if repeated is None else quantizer.offset.numpy(),
+            )
+        )
+    return found, squares
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """An input's quantization, and back: what int8 arithmetic sees of it, in floating point. See `QuantizedLinear`."""
+
+    smooth: torch.Tensor
+    scale: float
+    zero_point: int
+    repeated: torch.Tensor
+    offset: torch.Tensor
+
+    @classmethod
+    def of(cls, layer: QuantizedLinear) -> Quantizer:
+        wide = layer.weight.shape[1]
+        return cls(
+            torch.ones(wide) if layer.smooth is None else torch.from_numpy(layer.smooth),
+            layer.scale,
+            layer.zero_point,
+            torch.empty(0, dtype=torch.int64) if layer.repeated is None else torch.from_numpy(layer.repeated),
+            torch.empty(0) if layer.offset is None else torch.from_numpy(layer.offset),
+        )
+
+    @classmethod
+    def make(cls, group: Group, weight: torch.Tensor, exponent: float, channels: int = 0) -> Quantizer:
+        """The whole range of the calibration's tokens, with zero at a whole number.
+
+        SmoothQuant: channel j is divided by max|x_j|^a / max|w_j|^(1 - a); 0 stands for none. The `channels` of which range
+        and weights together are the largest are left out of that, made as narrow as the others, and given as often as it
+        takes to have their weights no larger than those of the others.
+        """
+        reach = torch.maximum(group.low.abs(), group.high.abs()).clamp(min=1e-5)
+        worst = torch.topk(reach**2 * (weight**2).sum(dim=0), min(channels, len(reach) - 1)).indices.sort().values
+        others = torch.ones(len(reach), dtype=torch.bool)
+        others[worst] = False
+        largest = weight.abs().amax(dim=0).clamp(min=1e-5)
+        smooth = torch.ones_like(reach)
+        if exponent:
+            divisor = reach**exponent / largest ** (1 - exponent)
+            smooth = torch.exp(torch.log(divisor[others]).mean()) / divisor
+        low = min(float((group.low * smooth)[others].min()), 0.0)
+        high = max(float((group.high * smooth)[others].max()), 0.0)
+        scale = float(np.float32(max(high - low, 1e-6) / 255))
+        zero_point = round(-low / scale)
+        # A step of room at the top, for the offsets.
+        room = torch.minimum(
+            scale * max(254 - zero_point, 1) / group.high.clamp(min=1e-9),
+            scale * max(zero_point, 1) / (-group.low).clamp(min=1e-9),
+        )
+        smooth = torch.where(others, smooth, torch.minimum(smooth, room))
+        amplitude = largest / smooth
+        times = torch.ones(len(reach), dtype=torch.int64)
+        times[worst] = torch.ceil(amplitude[worst] / amplitude[others].max()).clamp(1, TIMES).long()
+        repeated = torch.repeat_interleave(torch.arange(len(reach)), times - 1)
+        offset = torch.cat([torch.arange(1, int(count)) / int(count) for count in times] or [torch.empty(0)])
+        return cls(torch.cat([smooth, smooth[repeated]]), scale, zero_point, repeated, offset)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Quantized and back, wide and still smoothed."""
+        steps = torch.cat([rows, rows[..., self.repeated]], dim=-1) * self.smooth / self.scale
+        steps[..., rows.shape[-1] :] += self.offset
+        return ((torch.round(steps) + self.zero_point).clamp(0, 255) - self.zero_point) * self.scale
+
+    def spread(self, weight: torch.Tensor) -> torch.Tensor:
+        """Weights `[out, in]` as those of the wide and smoothed input, `[out, wide]`."""
+        times = torch.ones(weight.shape[1]).index_add_(0, self.repeated, torch.ones(len(self.repeated)))
+        return torch.cat([weight / times, (weight / times)[:, self.repeated]], dim=1) / self.smooth
+
+
+def _scale(weight: torch.Tensor, largest: int) -> torch.Tensor:
+    return (weight.abs().amax(dim=1) / largest).clamp(min=1e-9).float()
+
+
+def _nearest(weight: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = _scale(weight, largest)
+    return torch.round(weight / scale[:, None]).clamp(-largest, largest), scale
+
+
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights `[out, in]` as whole numbers from -largest to largest, and a scale for each row, by GPTQ's algorithm 1.
+
+    Args:
+        hessian: `[in, in]` float64, XᵀX of the inputs X that the rounded weights will see.
+    """
+    scale = _scale(weight, largest)
+    damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype) * max(float(hessian.diagonal().mean()) * DAMPING, 1e-12)
+    order = torch.argsort(damped.diagonal(), descending=True, stable=True)
+    back = torch.argsort(order)
+    damped = damped[order][:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    # Transposed: a column that is rounded is then a row in memory.
+    left = (weight / scale[:, None]).T[order].contiguous()
+    numbers = torch.empty_like(left)
+    for start in range(0, len(left), BLOCK):
+        end = min(start + BLOCK, len(left))
+        block, errors = left[start:end].clone(), torch.empty_like(left[start:end])
+        corner = factor[start:end, start:end]
+        for column in range(end - start):
+            numbers[start + column] = torch.round(block[column]).clamp_(-largest, largest)
+            errors[column] = (block[column] - numbers[start + column]) / corner[column, column]
+            block[column + 1 :].sub_(torch.outer(corner[column, column + 1 :], errors[column]))
+        left[end:] -= factor[start:end, end:].T @ errors
+    return numbers[back].T.contiguous(), scale
+
+
+class Emulation:
+    """The eager model with some of its linear layers as int8 arithmetic computes them, in floating point."""
+
+    def __init__(self, module: torch.nn.Module, layers: Any) -> None:
+        self.parts = dict(module.named_modules())
+        self.layers: dict[str, QuantizedLinear] = {layer.name: layer for layer in layers}
+
+    @contextmanager
+    def applied(self, names: Sequence[str]) -> Iterator[None]:
+        """Layers of those names in int8 meanwhile."""
+        before: list[tuple[Any, Any, Any]] = []
+        handles = []
+        for name in names:
+            part: Any = self.parts[name]
+            layer = self.layers[name]
+            quantizer = Quantizer.of(layer)
+            before.append((part, part.weight, part.bias))
+            rounded = torch.from_numpy(layer.weight.astype(np.float32) * layer.weight_scale[:, None])
+            shift = torch.from_numpy(layer.shift)
+            part.weight = torch.nn.Parameter(rounded, requires_grad=False)
+            part.bias = torch.nn.Parameter(shift if part.bias is None else part.bias + shift, requires_grad=False)
+            handles.append(part.register_forward_pre_hook(lambda _, given, quantizer=quantizer: (quantizer(given[0]),)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for part, weight, bias in before:
+                part.weight, part.bias = weight, bias

@@ -1,0 +1,177 @@
+"""The search for the plan of an int8 artifact: makes rungs of the ladder, measures them, and stops at the fastest that passes.
+
+Each rung is an entry of the cache, so a search that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compiler.backends import BACKENDS
+from compiler.errors import ConfigError, NumericsError, StageError
+from compiler.numerics import AT_MOST, judge
+from compiler.quantization.rungs import Rung, climb, ladder
+from compiler.stages.load import REFERENCE, SAMPLES
+from compiler.stages.quantize import CHANCES, FASTER, faster, rung
+from compiler.store import Entry, Step
+from compiler.types import Artifact, Check, Target
+
+if TYPE_CHECKING:
+    from compiler.build import Build
+
+
+def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
+    """Put the files of the plan that was found into `out`, and return what is known of them: what the backend said, the layers
+    that are `int8` and how, those that are `kept` out and why, and the `ladder`. With `fallback`, `refused` may stand alone.
+
+    Raises:
+        ConfigError: the plan in pipeline.yaml names a layer that is none.
+        NumericsError: no plan meets the budget; with the closest and what it missed.
+        StageError: int8 is not faster than the next precision.
+    """
+    spec, plan = build.plan.spec, build.plan
+    reference, calibrated = build.load(), build.calibrate()
+    groups, rest = calibrated.info["groups"], plan.rest_of(target)
+    rungs = ladder(groups, rest, target.format)
+    trials = _Trials(build, target, reference, calibrated, rungs)
+    if (named := spec.quantize.plan.get(target.format)) is not None:
+        trials.rungs = [_given(named, rungs, f"{spec}: quantize.plan.{target.format}")]
+        found = 0 if trials.passes(0) else None
+    else:
+        found = climb(len(rungs), build.predict().info["start"][target.format], trials.passes)
+    if found is None:
+        raise NumericsError(
+            f"{spec}: {target}: no plan meets the budget; {trials.closest()}; nothing is released; widen budget.int8 "
+            "if you accept that, give more calibration text such as the model will see, or leave int8 out of targets:"
+        )
+    entry = trials.entries[found]
+    if refusal := _slower(build, target, reference, entry):
+        if not spec.quantize.fallback:
+            raise StageError(
+                f"{spec}: {target}: {refusal}; leave int8 out of targets:, or set quantize.fallback: true to go on without"
+            )
+        build.tell_rung(target, "left out", refusal)
+        return {"refused": refusal, "opset": None, "fusions": {}}
+    for file in entry.files:
+        (out / file.path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(entry.root / file.path, out / file.path)
+    kept = dict.fromkeys(trials.rungs[found].out, "the budget: it costs the most accuracy for the work that it saves")
+    if named is not None:
+        kept = dict.fromkeys(trials.rungs[found].out, "quantize.plan says so")
+    known = {name: value for name, value in entry.info.items() if name not in ("outputs", "left", "milliseconds")}
+    return {**known, "kept": {**calibrated.info["left"], **kept, **entry.info["left"]}, "ladder": trials.told}
+
+
+def _given(named: tuple[str, ...], rungs: list[Rung], where: str) -> Rung:
+    """The plan that a user gives."""
+    every = rungs[0].int8
+    if unknown := [name for name in named if name not in every]:
+        raise ConfigError(f"{where}: {unknown[0]} is no layer that can be int8; there are {', '.join(every[:4])} …")
+    if len(named) == len(every):
+        raise ConfigError(f"{where}: leaves no layer in int8; leave int8 out of targets: instead")
+    return Rung(0, tuple(name for name in every if name in named), tuple(name for name in every if name not in named), 0.0)
+
+
+class _Trials:
+    """Rungs as they are tried: `entries` by number, and `told`, what the manifest says of each, in the order of the trials."""
+
+    def __init__(self, build: Build, target: Target, reference: Entry, calibrated: Entry, rungs: list[Rung]) -> None:
+        self.build, self.target, self.reference, self.calibrated, self.rungs = build, target, reference, calibrated, rungs
+        self.entries: dict[int, Entry] = {}
+        self.told: list[dict[str, Any]] = []
+        self._failed: list[tuple[float, str]] = []
+
+    def passes(self, number: int) -> bool:
+        """Make and measure a rung. The verdict is the budget's, on validation text."""
+        if number not in self.entries:
+            self.entries[number] = self._make(self.rungs[number])
+        entry, tried = self.entries[number], self.rungs[number]
+        limits = self.build.plan.spec.budget.limits("int8")
+        checks = judge(entry.info["outputs"], limits)
+        failed = [check for check in checks if not check.passed]
+        figures = entry.info["outputs"].get("answers", {"figures": {}})["figures"]
+        self.told.append(
+            {
+                "int8": len(tried.int8),
+                "out": list(tried.out),
+                "cost": tried.cost,
+                "figures": {name: round(figure, 6) for name, figure in figures.items()},
+                "passed": not failed,
+            }
+        )
+        shown = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
+        verdict = "passes" if not failed else f"{failed[0].name} misses {failed[0].limit:g}"
+        milliseconds = f", {entry.info['milliseconds'] / 1e3:.1f} s for all samples"
+        every = len(tried.int8) + len(tried.out)
+        self.build.tell_rung(
+            self.target, "tried", f"{len(tried.int8)} of {every} layers int8: {shown}{milliseconds}: {verdict}"
+        )
+        if failed:
+            self._failed.append(
+                max((_miss(check), f"{len(tried.int8)} of {every} layers: {_text(check)}") for check in failed)
+            )
+        return not failed
+
+    def closest(self) -> str:
+        """The plan that missed the least, and by how much."""
+        return f"the closest has {min(self._failed)[1]}"
+
+    def _make(self, tried: Rung) -> Entry:
+        build, target, plan = self.build, self.target, self.build.plan
+        whole = plan.exports[target]
+        # What shapes a rung is what shapes the search, and its layers; how the search judges it is not.
+        inputs = {name: value for name, value in whole.inputs.items() if name not in ("step predict", "plan", "fallback")}
+        step = Step(str(plan.spec), "rung", str(target), dict(sorted({**inputs, "layers": ", ".join(tried.int8)}.items())))
+        exported = build.export(plan.base_of(target))
+        artifact = Artifact(
+            target.format,
+            target.precision,
+            (),
+            BACKENDS[target.format].runtime(plan.rest_of(target)),
+            step.key,
+        )
+        arguments = (artifact, exported.root, self.calibrated.root, tried.int8, plan.rest_of(target))
+        measured = (self.reference.root / SAMPLES, self.reference.root / REFERENCE, self.reference.info)
+        return build.cached(step, lambda out: build.run(rung, out, *arguments, *measured))
+
+
+def _miss(check: Check) -> float:
+    """By how much a figure misses its limit, in units of what the limit leaves to lose."""
+    difference = check.figure - check.limit if check.name in AT_MOST else check.limit - check.figure
+    room = check.limit if check.name in AT_MOST else 1 - check.limit
+    return difference / max(room, 1e-6)
+
+
+def _text(check: Check) -> str:
+    return f"{check.name} {check.figure:.6g}, its limit is {check.limit:g}, missed by {abs(check.figure - check.limit):.2g}"
+
+
+def _slower(build: Build, target: Target, reference: Entry, made: Entry) -> str:
+    """Why int8 is not worth it: how it compares with the same model in the next precision; empty when it is faster."""
+    rest = build.plan.rest_of(target)
+    other = Target(target.format, rest, target.opset)
+    exported = build.export(other)
+    artifact = build.artifact(target, made.files, {**made.info, "fusions": {}}, made.key)
+    against = build.artifact(other, exported.files, exported.info, exported.key)
+    ratios: Mapping[str, float] = {}
+    for _ in range(CHANCES):
+        began = time.monotonic()
+        ratios = build.run(faster, made.root, artifact, exported.root, against, reference.root / SAMPLES, reference.info)
+        mean = _mean(ratios)
+        shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+        build.tell_rung(target, "timed", f"against {rest}: {shown}", began)
+        if mean >= FASTER:
+            return ""
+    return f"int8 is {mean:.2f} times as fast as {rest} here ({shown}), and should be at least {FASTER:g}"
+
+
+def _mean(ratios: Mapping[str, float]) -> float:
+    """The geometric mean."""
+    product = 1.0
+    for ratio in ratios.values():
+        product *= ratio
+    return float(product ** (1 / len(ratios)))

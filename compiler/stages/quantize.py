@@ -1,0 +1,162 @@
+"""Quantize: what runs in workers to make an int8 artifact. Which plan it is, `compiler.quantization.search` decides."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compiler.backends import BACKENDS
+from compiler.config import Limits
+from compiler.errors import StageError
+from compiler.numerics import judge
+from compiler.quantization.rungs import Rung, ladder, lowest
+from compiler.samples import ACCURACY, MAX_ACCURACY_LINES, TEXT, read_cases, with_masks
+from compiler.sources import pooling
+from compiler.stages.load import load
+from compiler.stages.validate import validate
+from compiler.types import Artifact, File, Precision, Snapshot
+from compiler.workers import LOAD_THREADS, THREADS
+
+# An int8 artifact that is not faster by this much than the next precision is a defect.
+FASTER = 1.1
+# It is timed in turn with that one, so often; a machine that is busy gets a second and a third chance.
+ROUNDS, CHANCES = 15, 3
+
+
+def calibrate(
+    out: Path,
+    snapshot: Snapshot,
+    task: str,
+    options: Mapping[str, bool],
+    samples: Sequence[tuple[str, ...]],
+    held: Sequence[tuple[str, ...]],
+    bits: int,
+) -> dict[str, Any]:
+    """See `compiler.quantization.calibrate.calibrate`. Raises SourceError as `load` does, and StageError for a model without
+    a linear layer that is worth it."""
+    import torch
+
+    from compiler.quantization import calibrate as calibration
+
+    torch.set_num_threads(LOAD_THREADS)
+    model = load(snapshot, task, aside=out, **options)
+    known = calibration.calibrate(out, model, with_masks(model, samples), with_masks(model, held), pooling(snapshot), bits)
+    if not known["groups"]:
+        raise StageError("the model has no linear layer that int8 would make faster; leave int8 out of targets:")
+    return known
+
+
+def predict(
+    out: Path,
+    snapshot: Snapshot,
+    task: str,
+    options: Mapping[str, bool],
+    lines: Sequence[tuple[str, ...]],
+    labels: Sequence[int] | None,
+    calibrated: Path,
+    groups: Sequence[Mapping[str, Any]],
+    limits: Limits,
+    rests: Mapping[str, Precision],
+) -> dict[str, Any]:
+    """The lowest rung that meets the limits in an emulation, in floating point, of int8 arithmetic in the eager model. It
+    saves making files that would fail.
+
+    Args:
+        lines, labels: the validation text, which the budget is for, and the numbers of its labels, where it has some.
+        rests: by format, the precision of what is not int8.
+
+    Returns:
+        `start` by format, and `tried`: by layers that were left out, the figures.
+    """
+    import torch
+
+    from compiler.accuracy import figures
+    from compiler.quantization import calibrate as calibration
+    from compiler.quantization.layers import load as load_layers
+
+    torch.set_num_threads(LOAD_THREADS)
+    model = load(snapshot, task, aside=out, **options)
+    how = pooling(snapshot)
+    names = [name for group in groups for name in group["names"]]
+    layers = load_layers(calibrated / calibration.LAYERS, names)
+    emulation = calibration.Emulation(model.module, layers.by_name.values())
+    texts = list(calibration.batches(model, with_masks(model, lines[:MAX_ACCURACY_LINES])))
+    before = calibration.answer(model, texts, how)
+    verdicts: dict[tuple[str, ...], bool] = {}
+    tried: dict[str, dict[str, float]] = {}
+
+    def passes(plan: Rung) -> bool:
+        if plan.int8 not in verdicts:
+            with emulation.applied(plan.int8):
+                found = figures(before, calibration.answer(model, texts, how), labels)
+            tried[", ".join(plan.out)] = {name: round(figure, 6) for name, figure in found.items()}
+            answers = {"answers": {"figures": found, "worst": dict.fromkeys(found, "")}}
+            verdicts[plan.int8] = all(check.passed for check in judge(answers, limits))
+        return verdicts[plan.int8]
+
+    starts = {}
+    for format, rest in rests.items():
+        rungs = ladder(groups, rest, format)
+        starts[format] = lowest(len(rungs), lambda number, rungs=rungs: passes(rungs[number]))  # type: ignore[misc]
+    return {"start": starts, "tried": tried}
+
+
+def rung(
+    out: Path,
+    artifact: Artifact,
+    exported: Path,
+    calibrated: Path,
+    names: Sequence[str],
+    rest: Precision,
+    samples: Path,
+    reference: Path,
+    known: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Make a plan's files below `out` and measure them: what the backend returned, and `outputs` as `validate` does."""
+    from compiler.quantization.calibrate import LAYERS
+    from compiler.quantization.layers import load as load_layers
+
+    backend = BACKENDS[artifact.format]
+    made = backend.quantize(out, exported, load_layers(calibrated / LAYERS, names), rest)
+    # It is hashed when it is stored; to open it, paths are enough.
+    artifact = replace(artifact, files=tuple(File(path, "", 0) for path in backend.files("int8")))
+    began = time.monotonic()
+    outputs = validate(out, artifact, samples, reference, known)
+    return {**made, "outputs": outputs, "milliseconds": round(1e3 * (time.monotonic() - began), 1)}
+
+
+def faster(
+    root: Path, artifact: Artifact, other_root: Path, other: Artifact, samples: Path, known: Mapping[str, Any]
+) -> dict[str, float]:
+    """How many times as fast an artifact is as another of its format, by shape: a full text alone, eight, and a padded batch.
+
+    Both are open in one process, as two models of one runtime, and take turns, with one thread each: two wait for each other
+    on a busy machine.
+    """
+    cases = read_cases(samples, known)
+    full = [case for case in cases if case.mask.all() and case.name not in (TEXT, ACCURACY)]
+    padded = [case for case in cases if case.name == ACCURACY] or cases
+    chosen = {
+        "one text": min(full, key=lambda case: (len(case.mask), -case.mask.shape[1])),
+        "a full batch": max(full, key=lambda case: (case.mask.size, len(case.mask))),
+        "a padded batch": max(padded, key=lambda case: case.mask.size),
+    }
+    runners = [BACKENDS[made.format].open(folder, made, THREADS) for folder, made in ((root, artifact), (other_root, other))]
+    ratios = {}
+    for name, case in chosen.items():
+        inputs = case.inputs
+        seconds: list[list[float]] = [[], []]
+        for runner in runners:
+            runner(inputs)
+            runner(inputs)
+        for _ in range(ROUNDS):
+            for own, runner in zip(seconds, runners, strict=True):
+                began = time.perf_counter()
+                runner(inputs)
+                own.append(time.perf_counter() - began)
+        # The quickest of each: what a busy machine takes away is never the same for both, and never negative.
+        ratios[name] = min(seconds[1]) / min(seconds[0])
+    return ratios

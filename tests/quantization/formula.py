@@ -1,0 +1,45 @@
+"""The formula of `compiler.quantization.layers` in plain torch, and layers to try it with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from compiler.quantization.layers import QuantizedLinear
+
+
+def formula(x: torch.Tensor, layer: QuantizedLinear, bias: torch.Tensor | None) -> torch.Tensor:
+    """What a layer computes, float64. Steps are taken in the dtype of `x`, sums in float64, where they are exact."""
+    if layer.repeated is not None:
+        x = torch.cat([x, x[..., torch.from_numpy(layer.repeated)]], dim=-1)
+    steps = (x if layer.smooth is None else x * torch.from_numpy(layer.smooth).to(x.dtype)) / layer.scale
+    if layer.offset is not None:
+        steps[..., layer.inputs :] += torch.from_numpy(layer.offset)
+    rounded = torch.clamp(torch.round(steps) + layer.zero_point, 0, 255).double() - layer.zero_point
+    product = rounded @ torch.from_numpy(layer.weight).double().T * layer.scale * torch.from_numpy(layer.weight_scale).double()
+    return product + torch.from_numpy(layer.shift).double() + (0 if bias is None else bias.double())
+
+
+def widened(layers: Iterable[QuantizedLinear]) -> list[QuantizedLinear]:
+    """The layers with their second channel given three times and their last twice."""
+    found = []
+    for layer in layers:
+        last = layer.inputs - 1
+        repeated = np.array([1, 1, last])
+        times = np.ones(layer.inputs)
+        times[[1, last]] = 3, 2
+        smooth = np.ones(layer.inputs, dtype=np.float32) if layer.smooth is None else layer.smooth
+        weight = np.rint(layer.weight / times).astype(np.int8)
+        found.append(
+            replace(
+                layer,
+                weight=np.concatenate([weight, weight[:, repeated]], axis=1),
+                smooth=np.concatenate([smooth, smooth[repeated]]),
+                repeated=repeated,
+                offset=np.array([1 / 3, 2 / 3, 1 / 2], dtype=np.float32),
+            )
+        )
+    return found

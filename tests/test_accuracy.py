@@ -1,0 +1,179 @@
+"""Figures of answers, each against an independent truth: scipy, brute force, or a value worked out by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from compiler.accuracy import LEAST_TEXTS, MAX_SPAN, Answering, answers, embed, figures, nearest, spans, spearman
+from compiler.config import DEFAULT_LIMITS
+from compiler.numerics import Case, judge
+
+Array = np.ndarray[Any, Any]
+RANDOM = np.random.default_rng(5)
+
+
+def unit(count: int, width: int = 8) -> Array:
+    rows = RANDOM.standard_normal((count, width))
+    result: Array = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return result
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_spearman_is_scipys(ties: bool) -> None:
+    one, other = RANDOM.standard_normal((2, 300))
+    other += one
+    if ties:
+        one, other = np.round(one, 1), np.round(other)
+    assert spearman(one, other) == pytest.approx(stats.spearmanr(one, other).statistic, abs=1e-12)
+
+
+def test_spearman_of_a_constant_is_no_agreement() -> None:
+    assert spearman(np.ones(5), np.arange(5.0)) == 0.0
+
+
+def test_nearest_is_another_row() -> None:
+    rows = unit(40)
+    expected = [
+        max((other for other in range(40) if other != row), key=lambda other: float(rows[row] @ rows[other]))
+        for row in range(40)
+    ]
+    assert nearest(rows).tolist() == expected
+
+
+def test_figures_of_embeddings() -> None:
+    before = unit(LEAST_TEXTS)
+    after = before + 0.3 * unit(LEAST_TEXTS)
+    after /= np.linalg.norm(after, axis=1, keepdims=True)
+    found = figures({"embedding": before}, {"embedding": after})
+    assert found["cosine"] == pytest.approx((before * after).sum(axis=1).min())
+    pairs = list(itertools.combinations(range(LEAST_TEXTS), 2))
+    similarities = [[float(side[a] @ side[b]) for a, b in pairs] for side in (before, after)]
+    assert found["rank"] == pytest.approx(stats.spearmanr(*similarities).statistic)
+    assert found["neighbours"] == (nearest(before) == nearest(after)).sum() / LEAST_TEXTS
+    assert set(figures({"embedding": before[1:]}, {"embedding": after[1:]})) == {"cosine"}
+
+
+def test_of_equal_answers_nothing_is_lost() -> None:
+    rows = unit(20)
+    same = figures({"embedding": rows}, {"embedding": rows})
+    assert same == pytest.approx({"cosine": 1, "neighbours": 1, "rank": 1})
+    assert figures({"logits": rows}, {"logits": rows}) == {"argmax": 1, "kl": 0}
+
+
+def test_kl_and_argmax_of_labels() -> None:
+    before = np.log([[0.7, 0.2, 0.1], [0.4, 0.5, 0.1]]) + 3  # a softmax does not see what is added
+    after = np.log([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1]])
+    found = figures({"logits": before}, {"logits": after})
+    expected = [
+        special.rel_entr(*rows).sum() for rows in zip(special.softmax(before, 1), special.softmax(after, 1), strict=True)
+    ]
+    assert found["kl"] == pytest.approx(np.mean(expected))
+    assert found["kl"] == pytest.approx(
+        (0.7 * math.log(7 / 6) + 0.2 * math.log(2 / 3) + 0.4 * math.log(4 / 5) + 0.5 * math.log(5 / 4)) / 2
+    )
+    assert found["argmax"] == 0.5
+
+
+def test_a_single_logit_is_a_sigmoid() -> None:
+    before, after = np.array([[2.0], [-1.0], [0.5]]), np.array([[1.5], [-1.5], [-0.5]])
+    found = figures({"logits": before}, {"logits": after})
+    chances = [special.expit(side[:, 0]) for side in (before, after)]
+    expected = special.rel_entr(*chances) + special.rel_entr(*(1 - chance for chance in chances))
+    assert found["kl"] == pytest.approx(expected.mean())
+    assert found["argmax"] == pytest.approx(2 / 3)
+
+
+def test_drop_is_of_the_accuracy_on_labels() -> None:
+    before, after = np.eye(4), np.eye(4)[[0, 1, 3, 2]]
+    found = figures({"logits": before}, {"logits": after}, labels=[0, 1, 2, 0])
+    assert (found["accuracy"], found["drop"]) == (0.5, 0.25)
+    assert figures({"logits": after}, {"logits": before}, labels=[0, 1, 2, 0])["drop"] == -0.25
+
+
+def test_spans_by_brute_force() -> None:
+    length = MAX_SPAN + 15
+    starts, ends = 3 * RANDOM.standard_normal((2, 20, length))
+    mask = np.ones((20, length), dtype=bool)
+    mask[5:10, 20:] = False
+    mask[10:15, :6] = False
+    starts[0, 0] = ends[0, -1] = 50  # too long
+    starts[1, 30] = ends[1, 2] = 50  # the wrong way round
+    found = spans(starts, ends, mask)
+    for row in range(20):
+        allowed = [
+            (start, end)
+            for start in range(length)
+            for end in range(start, min(length, start + MAX_SPAN))
+            if mask[row, start] and mask[row, end]
+        ]
+        assert tuple(found[row]) == max(allowed, key=lambda span: starts[row, span[0]] + ends[row, span[1]])
+    assert figures({"span": found}, {"span": np.where(np.arange(20)[:, None] < 5, found + 1, found)}) == {"spans": 0.75}
+
+
+MASK = np.array([[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=bool)
+POOLED = {
+    "mean": lambda rows: rows.mean(axis=0),
+    "max": lambda rows: rows.max(axis=0),
+    "cls": lambda rows: rows[0],
+    "lasttoken": lambda rows: rows[-1],
+}
+
+
+@pytest.mark.parametrize("mode", POOLED)
+def test_pooling_sees_real_tokens_alone(mode: str) -> None:
+    tokens = RANDOM.standard_normal((3, 4, 6))
+    tokens[~MASK] = 1e6
+    for row, vector in enumerate(embed(tokens, MASK, {"mode": mode})):
+        expected = POOLED[mode](tokens[row][MASK[row]])
+        assert vector == pytest.approx(expected / np.linalg.norm(expected))
+
+
+def test_tokens_are_pooled_by_their_mean_where_nothing_is_said() -> None:
+    tokens = RANDOM.standard_normal((3, 4, 6))
+    assert np.array_equal(embed(tokens, MASK, {}), embed(tokens, MASK, {"mode": "mean"}))
+
+
+def test_answers_of_each_task() -> None:
+    logits = RANDOM.standard_normal((3, 4, 7))
+    tokens = answers("token-classification", {"logits": logits}, MASK, {})["logits"]
+    assert np.array_equal(tokens, logits[MASK])
+    places = np.zeros((3, 4), dtype=bool)
+    places[0, 1] = places[1, 3] = places[2, 3] = True  # the second is padding
+    masked = answers("fill-mask", {"logits": logits}, MASK, {}, places)["logits"]
+    assert np.array_equal(masked, logits[[0, 2], [1, 3]])
+    labels = answers("text-classification", {"logits": logits[:, 0]}, MASK, {})["logits"]
+    assert np.array_equal(labels, logits[:, 0])
+
+
+def test_answers_are_stacked_over_batches() -> None:
+    stacked = Answering({"task": "fill-mask", "pooling": {}, "mask_token": 9})
+    assert stacked.stacked() == {}
+    logits = RANDOM.standard_normal((2, 3, 5))
+    for number in range(2):
+        ids = np.array([[1, 9, 9]])
+        inputs = {"input_ids": ids, "attention_mask": np.array([[1, 1, number]])}
+        stacked.add(Case("accuracy", inputs), {"logits": logits[number : number + 1]})
+    assert np.array_equal(stacked.stacked()["logits"], logits[[0, 1, 1], [1, 1, 2]])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["embedding", "logits", "span"])
+def test_an_answer_that_is_not_finite_passes_nothing(kind: str, bad: float) -> None:
+    """By no limit at all: every figure that the kind has is there, and fails."""
+    good = unit(20)
+    spoilt = good.copy()
+    spoilt[3, 2] = bad
+    mask = np.ones(good.shape, dtype=bool)
+    one, other = ({kind: spans(good, side, mask) if kind == "span" else side} for side in (good, spoilt))
+    whole, found = figures(one, one, labels=[0] * 20), figures(one, other, labels=[0] * 20)
+    assert set(found) == set(whole) - {"accuracy"}
+    limits = DEFAULT_LIMITS["int8"].model_copy(update={"rank": 0.5, "kl": 1.0})
+    worst = dict.fromkeys(found, "")
+    assert not any(check.passed for check in judge({"answers": {"figures": found, "worst": worst}}, limits))
+    assert len(judge({"answers": {"figures": found, "worst": worst}}, limits)) == len(found)
