@@ -24,11 +24,12 @@ import click
 import yaml
 
 from compiler import metrics
+from compiler.hashing import canonical
 from examples import training
 
 FORMS = Path(__file__).with_name("questions_forms.yaml")
 # Texts of each part; a text has about four questions.
-TEXTS = {"test": 150, "validation": 80, "calibration": 80, "train": 900}
+TEXTS = {"test": 150, "validation": 80, "calibration": 80, "train": 800}
 LEAST = {"exact_match": 0.8}
 EPOCHS, RATE = 3, 1e-4
 # Tokens of the longest answer that is looked for.
@@ -85,7 +86,8 @@ class Words:
                 return f"{choice(SMALL)} {choice(['days', 'weeks', 'months', 'years'])}"
             case "time":
                 return choice([f"{whole(1, 12)}:{whole(10, 59)}", f"{choice(SMALL)} o'clock", f"half past {choice(SMALL)}"])
-        return choice([value for value in self.lists[slot] if value not in self.used])
+        value: str = choice([value for value in self.lists[slot] if value not in self.used])
+        return value
 
 
 def allowed(forms: Sequence[str], held_out: bool) -> Sequence[str]:
@@ -244,7 +246,7 @@ def make(folder: Path, encoder: Path, forms: Path = FORMS) -> tuple[Mapping[str,
     def write(folder: Path) -> None:
         model.save_pretrained(folder / "checkpoint")
         tokenizer.save_pretrained(folder / "checkpoint")
-        (folder / "test.json").write_bytes(training.canonical(squad(parts["test"])))
+        (folder / "test.json").write_bytes(canonical(squad(parts["test"])))
         for part in ("validation", "calibration"):
             training.write_lines(folder / f"{part}.jsonl", parts[part])
 

