@@ -258,7 +258,7 @@ def test_the_package_is_pinned() -> None:
     assert f"{sentiment.PACKAGE}==0.0.2" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
-SENTENCES = ("--text", "a warm and funny film .", "--text", "two hours of my life that i will never get back .")
+SENTENCES = ("--text", "a warm and funny film .", "--text", "dull , lifeless and badly acted .")
 CONTEXT = "Ada Lindqvist was born in Uppsala on 3 May 1921. She bought a violin for 40 crowns."
 ASKED = ("--question", "Where was Ada Lindqvist born?", "--context", CONTEXT)
 
