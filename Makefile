@@ -5,10 +5,17 @@ BIN := .venv/bin
 
 CONSUMERS := $(basename $(notdir $(wildcard tests/consumers/requirements/*.txt)))
 
-.PHONY: compile test test-all consumers lint format clean
+.PHONY: compile examples test test-all consumers lint format clean
 
 compile: .venv/ready
 	$(BIN)/compile pipeline.yaml
+
+# Two models that are trained here, in build/examples, and not again while what they are made of stays the same.
+examples: .venv/ready
+	$(BIN)/python -m examples.sentiment
+	$(BIN)/python -m examples.questions
+	$(BIN)/compile examples/sentiment.yaml
+	$(BIN)/compile examples/questions.yaml
 
 # Servers are killed there in the middle of what they do: not beside other tests.
 test: .venv/ready .venv/servers/ready
@@ -36,7 +43,7 @@ format: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,image,mlflow,s3,sign]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,examples,image,mlflow,s3,sign]'
 	touch $@
 
 # What the tests of registries talk to. No order with .venv/ready: that one makes .venv and leaves the rest of it alone.
@@ -49,4 +56,4 @@ format: .venv/ready
 .venv/consumers/transformers-js/ready: tests/consumers/requirements/package-lock.json
 
 clean:
-	rm -rf .venv artifacts/*/
+	rm -rf .venv artifacts/*/ build/examples
