@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -87,6 +88,7 @@ class Build:
         self.folder = context.output / FOLDER / spec.name / spec.release
         self.log = self.folder / "build.log"
         self._entries: dict[str, Entry] = {}
+        self._guard, self._locks = threading.Lock(), dict[str, threading.Lock]()
         self._refused: dict[str, str] = {}
         self._recalled: dict[str, Entry] = {}
         self._load_options = {
@@ -424,8 +426,12 @@ class Build:
         self._tell(self.plan.exports[target].id, state, started, detail)
 
     def _make(self, step: Step, make: Callable[[Path], dict[str, Any]]) -> Entry:
-        if step.key in self._entries:
-            return self._entries[step.key]
+        with self._guard:
+            lock = self._locks.setdefault(step.key, threading.Lock())
+        with lock:  # formats, side by side, share steps
+            return self._entries.get(step.key) or self._made(step, make)
+
+    def _made(self, step: Step, make: Callable[[Path], dict[str, Any]]) -> Entry:
         started = self._started(step)
         try:
             if (recalled := self._recalled.get(step.key)) is not None:

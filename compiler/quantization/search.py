@@ -105,7 +105,7 @@ class _Trials:
         )
         shown = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         verdict = "passes" if not failed else f"{failed[0].name} misses {failed[0].limit:g}"
-        milliseconds = f", {entry.info['milliseconds'] / 1e3:.1f} s for all samples"
+        milliseconds = f", {entry.info['milliseconds'] / 1e3:.1f} s for all texts"
         every = len(tried.int8) + len(tried.out)
         self.build.tell_rung(
             self.target, "tried", f"{len(tried.int8)} of {every} layers int8: {shown}{milliseconds}: {verdict}"

@@ -23,7 +23,7 @@ from compiler.workers import LOAD_THREADS, THREADS
 # An int8 artifact that is not faster by this much than the next precision is a defect.
 FASTER = 1.1
 # It is timed in turn with that one, so often; a machine that is busy gets a second and a third chance.
-ROUNDS, CHANCES = 15, 3
+ROUNDS, CHANCES = 9, 3
 
 
 def calibrate(
@@ -115,7 +115,10 @@ def rung(
     reference: Path,
     known: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Make a plan's files below `out` and measure them: what the backend returned, and `outputs` as `validate` does."""
+    """Make a plan's files below `out` and measure its answers: what the backend returned, and `outputs` as `validate` does.
+
+    Of a plan that is kept, `validate` runs all samples.
+    """
     from compiler.quantization.calibrate import LAYERS
     from compiler.quantization.layers import load as load_layers
 
@@ -124,7 +127,7 @@ def rung(
     # It is hashed when it is stored; to open it, paths are enough.
     artifact = replace(artifact, files=tuple(File(path, "", 0) for path in backend.files("int8")))
     began = time.monotonic()
-    outputs = validate(out, artifact, samples, reference, known)
+    outputs = validate(out, artifact, samples, reference, known, answers=True)
     return {**made, "outputs": outputs, "milliseconds": round(1e3 * (time.monotonic() - began), 1)}
 
 

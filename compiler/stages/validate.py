@@ -15,13 +15,16 @@ from compiler.types import Artifact, Signature, Tensor
 from compiler.workers import THREADS
 
 
-def validate(root: Path, artifact: Artifact, samples: Path, reference: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+def validate(
+    root: Path, artifact: Artifact, samples: Path, reference: Path, known: Mapping[str, Any], *, answers: bool = False
+) -> dict[str, Any]:
     """The figures of an artifact over every sample, by output (see `compiler.numerics.compare`).
 
     Args:
         root: where the artifact's files are.
         samples, reference: the files of those names that `compiler.stages.load.reference` wrote.
         known: what that stage returned.
+        answers: of an int8 artifact, look at the answers to the validation text alone.
 
     Raises:
         NumericsError: the file does not open, does not run, or its outputs are not the original's.
@@ -41,7 +44,7 @@ def validate(root: Path, artifact: Artifact, samples: Path, reference: Path, kno
     texts = Answering(known.get("answering"))
     pairs: dict[str, list[Pair]] = {tensor.name: [] for tensor in tensors}
     for number, case in enumerate(read_cases(samples, known)):
-        if case.name == ACCURACY and not int8:
+        if (answers and case.name != ACCURACY) or (case.name == ACCURACY and not int8):
             continue
         shape = "x".join(map(str, case.shape))
         try:
@@ -64,6 +67,8 @@ def validate(root: Path, artifact: Artifact, samples: Path, reference: Path, kno
             pairs[tensor.name].append(Pair(case, original, actual))
         if case.name == ACCURACY:
             texts.add(case, outputs)
+    if answers:
+        return _accuracy(texts, expected, known)
     compared = {tensor.name: compare(pairs[tensor.name], tensor, logits="logits" in tensor.name) for tensor in tensors}
     return (
         {**{name: _coarse(result) for name, result in compared.items()}, **_accuracy(texts, expected, known)}
