@@ -203,7 +203,6 @@ class Build:
     def export(self, target: Target) -> Entry:
         """A target's files; those that it is made from come first."""
         if target.precision == "int8":
-            # What is fused was checked on the file that it is made of: a layer in int8 has other operators.
             return self._make(self.plan.exports[target], lambda out: search(self, target, out))
         source = self.plan.source_of(target)
         origin = None if source is None else self.export(source).root
@@ -215,7 +214,7 @@ class Build:
         return entry
 
     def _check_fusions(self, target: Target, fired: Mapping[str, int]) -> None:
-        check_fusions(f"{self.plan.spec}: {target}", fired, getattr(self.plan.spec.optimize.expect, target.format))
+        check_fusions(f"{self.plan.spec}: {target}", fired, self.plan.expects(target))
 
     def validate(self, target: Target, exported: Entry, loaded: Entry) -> Candidate | None:
         """A target's figures against the reference, and the verdict; None for one that is left out. One that does not pass is
@@ -559,7 +558,7 @@ def _verdict(plan: Plan, step: Step, store: Store, released: Mapping[tuple[str, 
         return ""
     if step is plan.exports[target]:
         try:
-            check_fusions(str(target), info["fusions"], getattr(plan.spec.optimize.expect, target.format))
+            check_fusions(str(target), info["fusions"], plan.expects(target))
         except StageError as error:
             return str(error)
         return ""

@@ -176,6 +176,11 @@ class Plan:
         """The target that an int8 one's other layers come from."""
         return _base_of(self.spec, target)
 
+    def expects(self, target: Target) -> Mapping[str, int]:
+        """How often each fusion must fire in a target's file. None in an int8 one: a layer in int8 has other operators, and
+        the file that it is made of is held to them."""
+        return {} if target.precision == "int8" else getattr(self.spec.optimize.expect, target.format)
+
     def rest_of(self, target: Target) -> Precision:
         """The precision of what is not int8 in an int8 target; of another, its own."""
         return rest_of(self.spec, target)

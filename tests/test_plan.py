@@ -14,6 +14,7 @@ from compiler.config import CalibrationFile, ModelSpec
 from compiler.errors import ConfigError
 from compiler.plan import LEAST_HELD, LOAD_LIBRARIES, MOST_HELD, PACKAGE_LIBRARIES, Plan, Texts, make_plan, read_calibration
 from compiler.sources import resolve
+from compiler.types import Target
 
 TARGETS = {"torchscript": ["fp32", "bf16"], "onnx": ["fp32"], "openvino": ["fp32", "bf16"]}
 
@@ -174,6 +175,12 @@ def test_steps_of_int8(bert: Path, tmp_path: Path) -> None:
     found = keys(quantized(bert, tmp_path))
     assert {"calibrate", "predict", "quantize openvino int8", "validate openvino int8"} <= found.keys()
     assert list(found).index("export openvino fp32") < list(found).index("quantize openvino int8")
+
+
+def test_fusions_are_not_expected_of_int8(bert: Path, tmp_path: Path) -> None:
+    plan = quantized(bert, tmp_path, optimize={"expect": {"openvino": {"padding_free": 2}}})
+    assert plan.expects(Target("openvino", "fp32")) == {"padding_free": 2}
+    assert plan.expects(Target("openvino", "int8")) == {}
 
 
 def test_what_shapes_int8_changes_int8_alone(bert: Path, tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def test_manifest_tells_the_plan(
 ) -> None:
     """A model this small is no faster in int8; what is faster is released."""
     monkeypatch.setattr(search, "FASTER", 0.0)
-    plan = plan_model(read(pipeline(tmp_path, bert)).models[0], tmp_path)
+    expect = {"expect": {"openvino": {"padding_free": 2}}}
+    plan = plan_model(read(pipeline(tmp_path, bert, optimize=expect)).models[0], tmp_path)
     release = build_model(plan, context[0])
     fp32, int8 = release.manifest.artifacts
     assert (fp32.precision, int8.precision) == ("fp32", "int8")
