@@ -99,12 +99,12 @@ def assemble(
 
     class Pixels(Held):
         def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-            outputs: dict[str, torch.Tensor] = dense([pixel_values], self.tensors, self.packed)
+            outputs: dict[str, torch.Tensor] = dense([pixel_values], self.tensors, self.packed, self.records)
             return outputs
 
     class Sound(Held):
         def forward(self, input_values: torch.Tensor) -> dict[str, torch.Tensor]:
-            outputs: dict[str, torch.Tensor] = dense([input_values], self.tensors, self.packed)
+            outputs: dict[str, torch.Tensor] = dense([input_values], self.tensors, self.packed, self.records)
             return outputs
 
     class MaskedSound(Held):
@@ -112,7 +112,7 @@ def assemble(
             mask = torch.ones_like(input_values, dtype=torch.int64) if attention_mask is None else attention_mask
             if mask.shape != input_values.shape:
                 raise ValueError("attention_mask: must be [batch, samples], as input_values is; 0 at padding")
-            outputs: dict[str, torch.Tensor] = dense([input_values, mask], self.tensors, self.packed)
+            outputs: dict[str, torch.Tensor] = dense([input_values, mask], self.tensors, self.packed, self.records)
             return outputs
 
     class TextsAndPixels(Held):
@@ -122,7 +122,7 @@ def assemble(
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             if mask.shape != input_ids.shape:
                 raise ValueError("attention_mask: must be [texts, sequence], as input_ids is; 0 at padding")
-            outputs: dict[str, torch.Tensor] = dense([input_ids, pixel_values, mask], self.tensors, self.packed)
+            outputs: dict[str, torch.Tensor] = dense([input_ids, pixel_values, mask], self.tensors, self.packed, self.records)
             return outputs
 
     forms: dict[tuple[str, ...], type[Held]] = {
