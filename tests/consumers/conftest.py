@@ -20,7 +20,8 @@ from tests.consumers.classifier import save_classifier
 ROOT = Path(__file__).parent.parent.parent
 Array = np.ndarray[Any, np.dtype[Any]]
 DEMO: dict[str, Any] = yaml.safe_load((ROOT / "pipeline.yaml").read_text(encoding="utf-8"))["models"][0]
-TEXTS = [json.loads(line)["text"] for line in (ROOT / "data/validation.jsonl").read_text(encoding="utf-8").splitlines()]
+with (ROOT / "data/validation.jsonl").open(encoding="utf-8") as file:
+    TEXTS = [json.loads(line)["text"] for line in file]
 # One text alone, texts of every length in one padded batch, and two that only differ in accents and case.
 BATCHES = [[TEXTS[3]], TEXTS[:10], ["Café Zoë opens at 7:30 — “really”?", 'cafe zoe opens at 7:30 - "REALLY"?']]
 PAIRS = [[[TEXTS[0], TEXTS[4]]], [list(pair) for pair in zip(TEXTS[:6], TEXTS[6:12], strict=True)]]
