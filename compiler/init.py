@@ -123,7 +123,8 @@ def write(
         kind=KINDS[modality],
         besides="odd, short and longest shapes" if modality == "text" else "odd ones",
         sequence=f"      sequence: [{lengths}]\n" if modality == "text" else "",
-        possible="; ".join(f"{name} {', '.join(backend.PRECISIONS)}" for name, backend in BACKENDS.items()),
+        possible="; ".join(f"{name} {', '.join(_precisions(name))}" for name in BACKENDS)
+        + ("; int8, with data.calibration" if modality == "text" else ""),
         targets="\n".join(_target(name, opset) for name in BACKENDS),
     )
     parse(text, str(output))  # what is written must be what `build` reads
@@ -154,8 +155,13 @@ def _name(source: str) -> str:
     return name[:128].rstrip("-._") or "model"
 
 
+def _precisions(name: str) -> list[str]:
+    """Those of a format that need nothing but the checkpoint: int8 needs text to calibrate on."""
+    return [precision for precision in BACKENDS[name].PRECISIONS if precision != "int8"]
+
+
 def _target(name: str, opset: int | None) -> str:
-    precisions = ", ".join(BACKENDS[name].PRECISIONS)
+    precisions = ", ".join(_precisions(name))
     if name == "onnx" and opset is not None:
         return f"      {name}: {{precisions: [{precisions}], opset: {opset}}}"
     return f"      {name}: [{precisions}]"
