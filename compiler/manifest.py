@@ -73,7 +73,7 @@ class Manifest:
     steps: Mapping[str, Made]
     key: str
     # Targets that were asked for and are not here, each with the reason: int8 that was not worth it.
-    refused: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str]
     schema: Literal[1] = 1
     # What `bench --record` measured. It says nothing of what the release is, so the digest leaves it out.
     benchmark: Mapping[str, Any] | None = None

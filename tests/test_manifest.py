@@ -43,6 +43,7 @@ def manifest() -> Manifest:
         compiler="0.1.0",
         steps={"load": Made(A, {"task": "feature-extraction"})},
         key=B,
+        refused={},
     )
 
 

@@ -79,6 +79,7 @@ def manifest_of(
         compiler="0.1.0",
         steps={},
         key="0" * 64,
+        refused={},
     )
 
 

@@ -81,6 +81,7 @@ class Parts:
             compiler="0.1.0",
             steps={},
             key="b" * 64,
+            refused={},
         )
 
     def package(self, validation: dict[str, Any] = VALIDATED) -> Manifest:
