@@ -59,7 +59,7 @@ class Architecture:
     token_types: bool = True
     tasks: tuple[str, ...] = ALL
     # Heads differ little from one encoder to the next: all of them are run on BERT and ModernBERT.
-    slow: tuple[str, ...] = ("text-classification", "token-classification", "question-answering", "fill-mask", "multiple-choice")
+    slow: tuple[str, ...] = ALL[1:]
     processor: dict[str, Any] = field(default_factory=dict)
     model: str = ""
 
