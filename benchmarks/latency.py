@@ -328,17 +328,20 @@ def _own() -> float:
     return float(sum(sum(one.cpu_times()[:2]) for one in (current, *current.children(recursive=True))))
 
 
+def ratio(measured: Measured, subject: str, other: str, shape: str) -> float:
+    """How many times as fast a subject is as another: the median over the rounds."""
+    pairs = zip(measured.seconds[other, shape], measured.seconds[subject, shape], strict=True)
+    return statistics.median(statistics.median(theirs) / statistics.median(ours) for theirs, ours in pairs)
+
+
 def table(measured: Measured, shapes: Sequence[str]) -> list[str]:
     """Markdown: a row a subject; a shape's cell is the median in ms, and the median over the rounds of the ratio to eager."""
     rows = [["subject", *shapes, "max error", "token cosine", "sentence cosine", "nn1"]]
     for name, figure in measured.figures.items():
         row = [name]
         for shape in shapes:
-            mine, eager = measured.seconds[name, shape], measured.seconds[bench.EAGER, shape]
-            median = statistics.median(second for one in mine for second in one)
-            pairs = zip(eager, mine, strict=True)
-            ratio = statistics.median(statistics.median(theirs) / statistics.median(ours) for theirs, ours in pairs)
-            row.append(f"{1e3 * median:.1f}, {ratio:.2f}x")
+            median = statistics.median(second for one in measured.seconds[name, shape] for second in one)
+            row.append(f"{1e3 * median:.1f}, {ratio(measured, name, bench.EAGER, shape):.2f}x")
         row.append("–" if name == bench.EAGER else f"{figure.max_error:.1e}")
         row += [f"{figure.token_cosine:.6f}", f"{figure.sentence_cosine:.6f}", f"{figure.neighbours:.4f}"]
         rows.append(row)
@@ -349,11 +352,11 @@ def table(measured: Measured, shapes: Sequence[str]) -> list[str]:
 
 
 def heading(
-    manifest: Manifest, threads: int, rounds: int, only: Sequence[str] | None, others: float, real: float
+    module: str, manifest: Manifest, threads: int, rounds: int, only: Sequence[str] | None, others: float, real: float
 ) -> list[str]:
-    """Markdown: when, by which command, on what, with which versions."""
+    """Markdown: when, by which command (a module's), on what, with which versions."""
     # The release by its usual place: where it is on this machine says nothing.
-    command = f".venv/bin/python -m benchmarks.latency artifacts/{manifest.name}/{manifest.release}"
+    command = f".venv/bin/python -m {module} artifacts/{manifest.name}/{manifest.release}"
     command += f" --rounds {rounds} --threads {threads}" + (f" --only {shlex.join(only)}" if only else "")
     theirs = ", ".join(f"{name} {version}" for name, version in peers.versions().items())
     return [
@@ -415,7 +418,7 @@ def main() -> None:
         made = peers.make_artifacts((options.keep or aside).absolute(), snapshot, wanted, tell)
         measured = run(chosen, made, shapes, sentences, options.threads, options.rounds, aside)
     real = float(shapes[PADDED]["attention_mask"].mean())
-    lines = heading(manifest, options.threads, options.rounds, options.only, measured.others, real)
+    lines = heading("benchmarks.latency", manifest, options.threads, options.rounds, options.only, measured.others, real)
     lines += table(measured, list(shapes))
     if measured.notes:
         lines += ["", *(f"- {name}: {note}" for name, note in measured.notes.items())]

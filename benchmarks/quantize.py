@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -40,12 +39,6 @@ class Goal:
     figure: Callable[[Measured], float]
 
 
-def ratio(measured: Measured, subject: str, other: str, shape: str) -> float:
-    """How many times as fast a subject is as another: the median over the rounds."""
-    pairs = zip(measured.seconds[other, shape], measured.seconds[subject, shape], strict=True)
-    return statistics.median(statistics.median(theirs) / statistics.median(ours) for theirs, ours in pairs)
-
-
 def goals() -> list[Goal]:
     found = []
     for format in ("openvino", "onnx", "torchscript"):
@@ -67,7 +60,7 @@ def goals() -> list[Goal]:
 
 
 def _faster(own: str, other: str, shape: str, least: float) -> Goal:
-    return Goal(own, f"times as fast as {other}, {shape}", least, lambda measured: ratio(measured, own, other, shape))
+    return Goal(own, f"times as fast as {other}, {shape}", least, lambda measured: latency.ratio(measured, own, other, shape))
 
 
 def subjects(found: Sequence[Subject]) -> list[Subject]:
@@ -119,8 +112,7 @@ def main() -> None:
         made["nncf"] = peers.quantize_with_nncf(folder, made["openvino"], snapshot, texts[0], latency.tell)
         measured = latency.run(chosen, made, shapes, sentences, options.threads, options.rounds, aside)
     real = float(shapes[PADDED]["attention_mask"].mean())
-    lines = latency.heading(manifest, options.threads, options.rounds, None, measured.others, real)
-    lines[0] = lines[0].replace("benchmarks.latency", "benchmarks.quantize")
+    lines = latency.heading("benchmarks.quantize", manifest, options.threads, options.rounds, None, measured.others, real)
     lines += [*latency.table(measured, list(shapes)), "", *verdicts(measured)]
     if measured.notes:
         lines += ["", *(f"- {name}: {note}" for name, note in measured.notes.items())]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from compiler.metrics import spearman
 from compiler.numerics import Array, Case, cosine
 
 # Fewer texts than this say nothing of which of them are neighbours.
@@ -145,22 +146,6 @@ def nearest(embeddings: Array) -> Array:
     np.fill_diagonal(similarity, -np.inf)
     found: Array = similarity.argmax(axis=1)
     return found
-
-
-def spearman(one: Array, other: Array) -> float:
-    """Spearman's rank correlation; of values that are all the same, 0."""
-    ranks = [_ranks(values) for values in (one, other)]
-    deviations = [values - values.mean() for values in ranks]
-    norm = np.linalg.norm(deviations[0]) * np.linalg.norm(deviations[1])
-    return float(deviations[0] @ deviations[1] / norm) if norm > 0 else 0.0
-
-
-def _ranks(values: Array) -> Array:
-    """Ranks from 0; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    mean: Array = (ends - (counts + 1) / 2)[inverse]
-    return mean
 
 
 def _choice(logits: Array) -> Array:

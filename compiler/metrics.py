@@ -11,10 +11,12 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+
+    Numbers = Sequence[float] | np.ndarray[Any, np.dtype[Any]]
 
 
 # Figures of which less is better.
@@ -47,7 +49,7 @@ def _f1(right: int, found: int, wanted: int) -> float:
     return 2 * right / (found + wanted) if found + wanted else 0.0
 
 
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+def spearman(first: Numbers, second: Numbers) -> float:
     """Spearman's rank correlation: Pearson's of the ranks, equal values sharing their mean rank. 0 where one side does not
     vary, which orders nothing."""
     import numpy as np

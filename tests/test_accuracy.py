@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from compiler.accuracy import LEAST_TEXTS, MAX_SPAN, Answering, answers, embed, figures, nearest, spans, spearman
+from compiler.accuracy import LEAST_TEXTS, MAX_SPAN, Answering, answers, embed, figures, nearest, spans
 from compiler.config import DEFAULT_LIMITS
+from compiler.metrics import spearman
 from compiler.numerics import Case, judge
 
 Array = np.ndarray[Any, Any]

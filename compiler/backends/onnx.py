@@ -149,7 +149,7 @@ def quantize(out: Path, exported: Path, layers: Layers, rest: Precision, embeddi
         raise NotImplementedError(f"what is not in int8 stays in fp32, not in {rest}")
     program = onnx_ir.load(exported / files("fp32")[0])
     done, left = onnx_int8.quantize(program, layers, embeddings)
-    _save(program, out / "onnx/model_quantized.onnx")
+    _save(program, out / files("int8")[0])
     opset = program.graph.opset_imports[""]
     return {"opset": opset, "fusions": fusions(program.graph, onnx_int8.count(program.graph)), "int8": done, "left": left}
 

@@ -147,3 +147,27 @@ class Pipeline:
         if what not in self.said:
             self.said.add(what)
             log.warning("%s", text)
+
+
+def argument(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The one input, or list of inputs, that a call is given, as `inputs` too. Raises InputError."""
+    if len(args) != 1 and "inputs" not in named:
+        raise InputError(f"{len(args)} inputs are given; give one, or one list of them")
+    return args[0] if args else named.pop("inputs")
+
+
+def listed(args: tuple[Any, ...], named: dict[str, Any], name: str) -> tuple[list[Any], bool]:
+    """The inputs of a call, by `name` too, and whether there was one, not a list."""
+    if name in named:
+        args = (*args, named.pop(name))
+    given = argument(args, named)
+    several = isinstance(given, (list, tuple))
+    return (list(given), False) if several else ([given], True)
+
+
+def rows(
+    pipe: Pipeline, outputs: Mapping[str, np.ndarray[Any, Any]], features: Sequence[Any]
+) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+    """Each feature's part of the outputs, of which all have a row for each."""
+    for number in range(len(features)):
+        yield {name: value[number] for name, value in outputs.items()}

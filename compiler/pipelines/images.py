@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compiler.errors import ConfigError, InputError
 from compiler.modalities import image
 from compiler.pipelines import processor, text
-from compiler.pipelines.base import Pipeline
+from compiler.pipelines.base import Pipeline, listed
+from compiler.pipelines.base import rows as rows
 from compiler.runtime import CompiledModel
 
 if TYPE_CHECKING:
@@ -33,17 +34,6 @@ def prepare(model: CompiledModel, options: Mapping[str, Any]) -> Any:
 def items(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], bool]:
     """Images: paths, PIL's images, or uint8 arrays `[height, width, 3]`: one, or a list."""
     return listed(args, named, "images")
-
-
-def listed(args: tuple[Any, ...], named: dict[str, Any], name: str) -> tuple[list[Any], bool]:
-    """The inputs of a call, by `name` too, and whether there was one, not a list."""
-    if name in named:
-        args = (*args, named.pop(name))
-    if len(args) != 1 and "inputs" not in named:
-        raise InputError(f"{len(args)} inputs are given; give one, or one list of them")
-    given = args[0] if args else named.pop("inputs")
-    several = isinstance(given, (list, tuple))
-    return (list(given), False) if several else ([given], True)
 
 
 def features(pipe: Pipeline, items: Sequence[Any], options: Mapping[str, Any]) -> list[list[Pixels]]:
@@ -91,10 +81,3 @@ def collate(pipe: Pipeline, features: Sequence[Pixels]) -> dict[str, np.ndarray[
     import numpy as np
 
     return {"pixel_values": np.stack(features)}
-
-
-def rows(
-    pipe: Pipeline, outputs: Mapping[str, np.ndarray[Any, Any]], features: Sequence[Any]
-) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
-    for number in range(len(features)):
-        yield {name: value[number] for name, value in outputs.items()}

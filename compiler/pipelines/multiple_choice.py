@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compiler.errors import InputError
-from compiler.pipelines import text
+from compiler.pipelines import base, text
 from compiler.pipelines.base import Pipeline
-from compiler.pipelines.zero_shot_image_classification import best_first
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 TASK = "multiple-choice"
 OPTIONS: Mapping[str, Any] = {}
-prepare, WINDOW, single = text.prepare, text.WINDOW, text.single
+prepare, WINDOW, single, rows = text.prepare, text.WINDOW, text.single, base.rows
 
 
 def items(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], bool]:
@@ -55,13 +54,6 @@ def collate(pipe: Pipeline, features: Sequence[Sequence[tokenizers.Encoding]]) -
     return {name: value.reshape(len(features), len(features[0]), -1) for name, value in flat.items()}
 
 
-def rows(
-    pipe: Pipeline, outputs: Mapping[str, np.ndarray[Any, Any]], features: Sequence[Any]
-) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
-    for row in outputs["logits"]:
-        yield {"logits": row}
-
-
 def reduce(
     pipe: Pipeline, feature: Any, outputs: Mapping[str, np.ndarray[Any, Any]], options: Mapping[str, Any]
 ) -> np.ndarray[Any, Any]:
@@ -70,4 +62,4 @@ def reduce(
 
 def finish(pipe: Pipeline, item: Any, parts: Sequence[tuple[Any, Any]], options: Mapping[str, Any]) -> Any:
     ((_, scores),) = parts
-    return best_first(item[1], scores)
+    return text.best_first(item[1], scores)

@@ -10,7 +10,7 @@ from compiler.errors import ConfigError, InputError
 from compiler.inputs import frames
 from compiler.modalities import audio
 from compiler.pipelines import images, processor, text
-from compiler.pipelines.base import Pipeline
+from compiler.pipelines.base import Pipeline, listed
 from compiler.runtime import CompiledModel
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def prepare(model: CompiledModel, options: Mapping[str, Any]) -> Any:
 def items(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], bool]:
     """Sounds: paths of WAV files, float arrays `[samples]` at the model's rate, or mappings with `array` (or `raw`) and
     `sampling_rate` in Hz: one, or a list."""
-    return images.listed(args, named, "audio")
+    return listed(args, named, "audio")
 
 
 def features(pipe: Pipeline, items: Sequence[Any], options: Mapping[str, Any]) -> list[list[Samples]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.errors import InputError
 from compiler.pipelines import tokenizer
-from compiler.pipelines.base import Pipeline
+from compiler.pipelines.base import Pipeline, argument
 from compiler.runtime import CompiledModel
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def items(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], bool
 
 
 def single_argument(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    if len(args) != 1 and "inputs" not in named:
-        raise InputError(f"{len(args)} inputs are given; give one, or one list of them")
-    given = args[0] if args else named.pop("inputs")
+    given = argument(args, named)
     if not isinstance(given, (str, Mapping, Sequence)) and not hasattr(given, "__iter__"):
         raise InputError(f"an input is {type(given).__name__}, not a text")
     return given
@@ -89,6 +87,12 @@ def rows(
 
 def single(answer: Any, options: Mapping[str, Any]) -> Any:
     return answer
+
+
+def best_first(labels: Sequence[str], scores: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
+    """Labels with their scores."""
+    found = [{"score": float(score), "label": label} for label, score in zip(labels, scores, strict=True)]
+    return sorted(found, key=lambda answer: -float(str(answer["score"])))
 
 
 def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -113,9 +113,4 @@ def reduce(
 
 def finish(pipe: Pipeline, item: Any, parts: Sequence[tuple[Any, Any]], options: Mapping[str, Any]) -> Any:
     ((feature, scores),) = parts
-    return best_first(feature.labels, scores)
-
-
-def best_first(labels: Sequence[str], scores: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
-    found = [{"score": float(score), "label": label} for label, score in zip(labels, scores, strict=True)]
-    return sorted(found, key=lambda answer: -float(str(answer["score"])))
+    return text.best_first(feature.labels, scores)

@@ -6,6 +6,7 @@ of int8. So a higher rung is slower and closer, its cost is known without timing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,22 +34,26 @@ def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[
 
     Groups whose input takes longer to quantize than int8 saves are never in int8, as long as there is another.
     """
-    inside = {id(group): 1 + QUANTIZING[format] / group["outputs"] for group in groups}
+    names = [name for group in groups for name in group["names"]]
 
-    def saved(group: Mapping[str, Any]) -> float:
-        return float(group["cost"] * (COST[rest] - inside[id(group)]))
+    def inside(group: Mapping[str, Any]) -> float:
+        return float(group["cost"] * (1 + QUANTIZING[format] / group["outputs"]))
 
-    worth = [group for group in groups if saved(group) > 0]
-    if not worth:
-        worth = [max(groups, key=saved)] if groups else []
-    order = sorted(worth, key=lambda group: (-group["error"] / max(saved(group), 1e-9), group["names"]))
-    first = [group for group in groups if not any(group is other for other in worth)]
+    def outside(group: Mapping[str, Any]) -> float:
+        return float(group["cost"] * COST[rest])
+
+    def worth(group: Mapping[str, Any]) -> float:
+        """Accuracy that it costs for the work that it saves; what saves none is worth nothing."""
+        saved = outside(group) - inside(group)
+        return group["error"] / saved if saved > 0 else math.inf
+
+    order = sorted(groups, key=lambda group: (-worth(group), group["names"]))
+    # As long as there is another, what saves no work is on no rung.
+    slow = min(sum(math.isinf(worth(group)) for group in order), len(order) - 1)
     rungs = []
-    for number in range(len(order)):
-        left = [*first, *order[:number]]
-        out = {name for group in left for name in group["names"]}
-        cost = sum(group["cost"] * (COST[rest] if group["names"][0] in out else inside[id(group)]) for group in groups)
-        names = [name for group in groups for name in group["names"]]
+    for number, left in enumerate(range(slow, len(order))):
+        out = {name for group in order[:left] for name in group["names"]}
+        cost = sum(map(outside, order[:left])) + sum(map(inside, order[left:]))
         rungs.append(
             Rung(
                 number,
