@@ -19,7 +19,7 @@ from compiler.errors import ConfigError, ReleaseError
 from compiler.fusions import TAKES_IN, WORK
 from compiler.graphs import Graph, read_graph
 from compiler.manifest import Manifest, differences
-from compiler.types import Artifact
+from compiler.types import AT_MOST, Artifact
 from compiler.verify import Entry, Validation, open_release, verify_files
 
 # Percent of what a figure's limit allows below which a growth is rounding: right builds of one fp32 model by different
@@ -290,7 +290,7 @@ def _worse_numerics(result: Mapping[str, Any], percent: float, asked: bool) -> I
             if new is None or pair["limit"][1] is None:
                 yield f"{name}: {figure} is checked no more"
                 continue
-            largest = figure.rpartition(" ")[2].startswith("max")
+            largest = figure.rpartition(" ")[2] in AT_MOST
             growth, allowance = (new - old, limit) if largest else (old - new, 1 - limit)
             if growth > allowance * most / 100:
                 share = (

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compiler.types import Check, Tensor
+from compiler.types import AT_MOST, Check, Tensor
 
 if TYPE_CHECKING:
     from compiler.config import Limits
 
 Array = np.ndarray[Any, np.dtype[Any]]
-# Figures that are the better the smaller they are.
-AT_MOST = ("max_abs", "max_rel", "kl", "drop")
 
 
 @dataclass(frozen=True)

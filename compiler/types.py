@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16", "int8"]
 
+#: Figures that are the better the smaller they are.
+AT_MOST = ("max_abs", "max_rel", "kl", "drop")
 #: Named arrays in, named arrays out: an artifact opened in its runtime, or the original model.
 Runner = Callable[[Mapping[str, "np.ndarray[Any, Any]"]], dict[str, "np.ndarray[Any, Any]"]]
 
@@ -180,7 +182,7 @@ class Report:
         figures = [check.figure for check in self.checks if check.name == name]
         if not figures:
             return None
-        return max(figures) if name.startswith(("max", "kl", "drop")) else min(figures)
+        return max(figures) if name in AT_MOST else min(figures)
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str | None]] = [
     ("regress", {"checks": {"a max_abs": (9e-7, 1e-4)}}, {"checks": {"a max_abs": (3e-6, 1e-4)}}, "2 % may be"),
     ("numerics", {"checks": {"a cosine": (1 - 1e-12, 0.999)}}, {"checks": {"a cosine": (1 - 2e-12, 0.999)}}, None),
     ("regress=5", {"checks": {"a argmax": (1.0, 0.98)}}, {"checks": {"a argmax": (0.99, 0.98)}}, "50 % of what its limit"),
+    ("numerics=9", {"checks": {"a kl": (1e-5, 1e-4)}}, {"checks": {"a kl": (2e-5, 1e-4)}}, "a kl went from"),
+    ("numerics=9", {"checks": {"a drop": (2e-5, 1e-4)}}, {"checks": {"a drop": (1e-5, 1e-4)}}, None),
     ("numerics", {"checks": {"a argmax": (1.0, 1.0)}}, {"checks": {"a argmax": (0.99, 0.98)}}, "its limit is 1"),
     # A looser limit does not hide that an error grew.
     ("numerics=9", {"checks": {"a max_abs": (1e-5, 1e-4)}}, {"checks": {"a max_abs": (2e-5, 1.0)}}, "limit 0.0001 allows"),

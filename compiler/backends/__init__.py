@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from compiler.backends import onnx, openvino, torchscript
-from compiler.quantization.layers import Layers
 from compiler.types import Artifact, Model, Precision, Runner, Target
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from compiler.quantization.layers import Layers
 
 
 class Backend(Protocol):

@@ -16,7 +16,7 @@ import click
 from compiler.cli.options import cache_option, json_option, open_store
 from compiler.cli.output import either, number, pairs, print_benchmark, print_blame, print_json, report_json, table
 from compiler.errors import ReleaseError, SigningError
-from compiler.numerics import AT_MOST
+from compiler.types import AT_MOST
 
 if TYPE_CHECKING:
     from compiler.blame import Blame

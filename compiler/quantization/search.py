@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.backends import BACKENDS
 from compiler.errors import ConfigError, NumericsError, StageError
-from compiler.numerics import AT_MOST, judge
+from compiler.numerics import judge
 from compiler.quantization.rungs import Rung, climb, ladder
 from compiler.stages.load import REFERENCE, SAMPLES
 from compiler.stages.quantize import CHANCES, FASTER, faster, rung
 from compiler.store import Entry, Step
-from compiler.types import Artifact, Check, Target
+from compiler.types import AT_MOST, Artifact, Check, Target
 
 if TYPE_CHECKING:
     from compiler.build import Build
