@@ -51,6 +51,8 @@ KINDS: dict[str, tuple[Kind, Mapping[str, Any]]] = {
 THRESHOLD = 0.5
 # Texts whose tokens are compared with those of transformers' tokenizer.
 COMPARED = 64
+# A process that has given its answers ends by itself, within a second on an idle machine.
+ENDING_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ def _run(subject: str, job: _Job, tell: Callable[[str, int, int], None]) -> tupl
                 raise value if isinstance(value, CompileError) else StageError(f"evaluate {subject}: {value}")
             else:
                 answers, seconds, warnings = value
+                process.join(ENDING_SECONDS)  # killed, it would leave behind what libraries clear away
                 return answers, seconds, warnings
     except EOFError as error:
         process.join()

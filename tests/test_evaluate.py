@@ -249,6 +249,7 @@ def test_the_command_and_its_gate(releases: Path, tmp_path: Path) -> None:
     command = ("evaluate", mine, "--data", data, "--source", f"path:{releases / 'features'}", "--threads", "1")
     sound = run_command(tmp_path, tmp_path, *command, "--format", "onnx", "--max-drop", "0.01", "--json")
     assert sound.returncode == 0, sound.stderr
+    assert "leaked" not in sound.stderr  # of what a process that is killed leaves behind, Python tells
     answer = json.loads(sound.stdout)
     assert [score["subject"] for score in answer["scores"]] == ["eager fp32", "onnx fp32"]
     eager, same = answer["scores"]
