@@ -1,7 +1,7 @@
-"""A small text classifier with odd sizes, wide enough for int8 to be faster, for consumers: `python -m tests.consumers.classifier FOLDER TOKENIZER`.
+"""A small text classifier with odd sizes, for consumers: `python -m tests.consumers.classifier FOLDER TOKENIZER`.
 
-Its weights are drawn at random from a seed, its tokenizer is another checkpoint's, saved as transformers 5 saves it: what it
-says of a text means nothing, and is the same everywhere.
+It is just wide enough for int8 to be faster. Its weights are drawn at random from a seed, its tokenizer is another
+checkpoint's, saved as transformers 5 saves it: what it says of a text means nothing, and is the same everywhere.
 """
 
 from __future__ import annotations
