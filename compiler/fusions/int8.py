@@ -1,6 +1,6 @@
 """Linear layers in int8 as TorchScript runs them: quantize the input, then oneDNN's product with all that follows it inside.
 
-What a layer needs beside its packed weight are ten tensors, its *record*. All are empty where the layer is not in int8, so
+What a layer needs beside its packed weight are eight tensors, its *record*. All are empty where the layer is not in int8, so
 one trace serves every plan: which layers are in int8 is decided by what a file holds.
 """
 
@@ -14,33 +14,33 @@ if TYPE_CHECKING:
     from compiler.quantization.layers import QuantizedLinear
 
 # The tensors of a record. `factor` float32 [out] is scale · weight_scale, and `bias` float32 [out] has the zero point's part
-# of the product in it, since what is known beforehand costs nothing when the layer runs. For the input: `multiplier` float32
-# [in], smooth / scale, or [1] without smoothing; `offset` float32 [1], zero_point + 0.5. For the layer before, when it makes
-# its result uint8 for this one: `scale` float32 [1], `zero_point` int32 [1]. `like`, empty, has the dtype of the result. Of
-# the channels that are given more than once, or empty: `repeated` int64 [n], and their multipliers and offsets, float32 [n].
-RECORD = 10
+# of the product in it, since what is known beforehand costs nothing when the layer runs. For the wide input: `multiplier`
+# float32 [wide], smooth / scale, or [1] without smoothing; `offset` float32 [wide], zero_point + 0.5 and what repeated channels
+# add, or [1] without these. For the layer before, when it makes its result uint8 for this one: `scale` float32 [1],
+# `zero_point` int32 [1]. `like`, empty, has the dtype of the result. `repeated` int64 [wide - in] are the channels that are
+# given more than once, or empty.
+RECORD = 8
 
 
 def record(layer: QuantizedLinear, bias: torch.Tensor | None, dtype: torch.dtype) -> list[torch.Tensor]:
     """The record of a layer that had this bias, and whose results are of `dtype`."""
     smooth = torch.ones(1) if layer.smooth is None else torch.from_numpy(layer.smooth)
     repeated = torch.empty(0, dtype=torch.int64) if layer.repeated is None else torch.from_numpy(layer.repeated)
-    offset = torch.empty(0) if layer.offset is None else torch.from_numpy(layer.offset)
-    multiplier = (smooth.double() / layer.scale).float()
+    added = torch.zeros(1)
+    if layer.offset is not None:
+        added = torch.cat([torch.zeros(layer.inputs), torch.from_numpy(layer.offset)])
     factor = torch.from_numpy(layer.weight_scale).double() * layer.scale
     shift = torch.from_numpy(layer.shift) if bias is None else torch.from_numpy(layer.shift) + bias.float()
     zero = torch.from_numpy(layer.weight).sum(dim=1, dtype=torch.int64) * layer.zero_point
     return [
         factor.float(),
-        multiplier[: layer.inputs],
-        torch.tensor([layer.zero_point + 0.5]),
+        (smooth.double() / layer.scale).float(),
+        added + (layer.zero_point + 0.5),
         torch.tensor([layer.scale], dtype=torch.float32),
         torch.tensor([layer.zero_point], dtype=torch.int32),
         (shift.double() - factor * zero).float(),
         torch.empty(0, dtype=dtype),
         repeated,
-        multiplier[layer.inputs :],
-        offset + (layer.zero_point + 0.5),
     ]
 
 
@@ -50,30 +50,24 @@ def quantize(x: torch.Tensor, record: list[torch.Tensor]) -> torch.Tensor:
 
     Adding the half before the fraction is cut rounds as it should, since nothing below 0 is left. int16 comes between since
     torch converts it to uint8 with vector instructions, which it does not do for float32 (6 times slower). A part of the rows
-    at a time keeps what comes between in the cache, and memory from being asked for anew.
+    at a time keeps what comes between in the cache, and memory from being asked for anew. Of few rows the number of operators
+    is all that counts.
     """
     if x.dtype == torch.uint8:
         return x
-    width = x.size(-1)
+    wide = x if record[7].numel() == 0 else torch.cat([x, x.index_select(-1, record[7])], -1)
+    width = wide.size(-1)
     step = max(1, 131072 // max(1, width))
-    more = record[7].numel()
-    if more == 0 and x.numel() <= step * width:
-        steps = torch.addcmul(record[2], x.to(torch.float32), record[1]).clamp_(0.0, 255.0)
+    if wide.numel() <= step * width:
+        steps = torch.addcmul(record[2], wide.to(torch.float32), record[1]).clamp_(0.0, 255.0)
         return steps.to(torch.int16).to(torch.uint8)
-    rows = x.reshape(-1, width)
-    output = torch.empty((rows.size(0), width + more), dtype=torch.uint8)
+    rows = wide.reshape(-1, width)
+    output = torch.empty(rows.size(), dtype=torch.uint8)
     for start in range(0, rows.size(0), step):
         end = min(start + step, rows.size(0))
-        part = rows[start:end]
-        steps = torch.addcmul(record[2], part.to(torch.float32), record[1]).clamp_(0.0, 255.0)
-        output[start:end].narrow(1, 0, width).copy_(steps.to(torch.int16))
-        if more > 0:
-            wide = part.index_select(1, record[7]).to(torch.float32)
-            steps = torch.addcmul(record[9], wide, record[8]).clamp_(0.0, 255.0)
-            output[start:end].narrow(1, width, more).copy_(steps.to(torch.int16))
-    shape = list(x.size())
-    shape[-1] = width + more
-    return output.reshape(shape)
+        steps = torch.addcmul(record[2], rows[start:end].to(torch.float32), record[1]).clamp_(0.0, 255.0)
+        output[start:end].copy_(steps.to(torch.int16))
+    return output.reshape(wide.size())
 
 
 @torch.jit.script
