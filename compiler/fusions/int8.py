@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # The tensors of a record. `factor` float32 [out] is scale · weight_scale, and `bias` float32 [out] has the zero point's part
 # of the product in it, since what is known beforehand costs nothing when the layer runs. For the wide input: `multiplier`
-# float32 [wide], smooth / scale, or [1] without smoothing; `offset` float32 [wide], zero_point + 0.5 and what repeated channels
-# add, or [1] without these. For the layer before, when it makes its result uint8 for this one: `scale` float32 [1],
+# float32 [wide], smooth / scale, or [1] when all are alike; `offset` float32 [wide], zero_point + 0.5 and what repeated
+# channels add, or [1] without these. For the layer before, when it makes its result uint8 for this one: `scale` float32 [1],
 # `zero_point` int32 [1]. `like`, empty, has the dtype of the result. `repeated` int64 [wide - in] are the channels that are
 # given more than once, or empty.
 RECORD = 8
@@ -29,6 +29,7 @@ def record(layer: QuantizedLinear, bias: torch.Tensor | None, dtype: torch.dtype
     added = torch.zeros(1)
     if layer.offset is not None:
         added = torch.cat([torch.zeros(layer.inputs), torch.from_numpy(layer.offset)])
+        smooth = torch.cat([smooth.expand(layer.inputs), smooth.expand(layer.inputs)[repeated]])
     factor = torch.from_numpy(layer.weight_scale).double() * layer.scale
     shift = torch.from_numpy(layer.shift) if bias is None else torch.from_numpy(layer.shift) + bias.float()
     zero = torch.from_numpy(layer.weight).sum(dim=1, dtype=torch.int64) * layer.zero_point

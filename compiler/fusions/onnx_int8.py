@@ -120,13 +120,11 @@ class _Plan:
         shape = tuple(None if values is None else values.tobytes() for values in given)
         key = (before.graph, source, shape, layer.scale, layer.zero_point)
         if key not in self._quantized:
-            main = source
             if layer.smooth is not None:
-                main = self.make(before, "Mul", source, self.constant(layer.smooth[: layer.inputs].astype(np.float32)))
-            made = self._rounded(before, main, layer)
-            if layer.smooth is not None and layer.repeated is not None and layer.offset is not None:
+                source = self.make(before, "Mul", source, self.constant(layer.smooth.astype(np.float32)))
+            made = self._rounded(before, source, layer)
+            if layer.repeated is not None and layer.offset is not None:
                 again = self.make(before, "Gather", source, self.constant(layer.repeated), axis=-1)
-                again = self.make(before, "Mul", again, self.constant(layer.smooth[layer.inputs :].astype(np.float32)))
                 again = self.make(before, "Add", again, self.constant(layer.offset * np.float32(layer.scale)))
                 made = self.make(before, "Concat", made, self._rounded(before, again, layer), axis=-1)
             self._quantized[key] = made

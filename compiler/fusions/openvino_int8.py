@@ -62,15 +62,14 @@ def _quantized(source: Output, layer: QuantizedLinear) -> Output:
         constant = _named(ops.constant(np.ascontiguousarray(factors)), layer, role)
         return _named(ops.multiply(values, constant), layer, f"{role}ed").output(0)
 
-    if layer.smooth is None:
-        return rounded(source, "quantized")
-    main = rounded(scaled(source, layer.smooth[: layer.inputs], "smooth"), "quantized")
+    main = rounded(source if layer.smooth is None else scaled(source, layer.smooth, "smooth"), "quantized")
     if layer.repeated is None or layer.offset is None:
         return main
     where = _named(ops.constant(layer.repeated), layer, "repeated")
     again = _named(ops.gather(source, where, _named(ops.constant(np.int64(-1)), layer, "axis")), layer, "again").output(0)
+    if layer.smooth is not None:  # once more: a product with two uses would not become limits of a channel
+        again = scaled(again, layer.smooth[layer.repeated], "even")
     offset = _named(ops.constant(layer.offset * np.float32(layer.scale)), layer, "offset")
-    again = scaled(again, layer.smooth[layer.inputs :], "evened")
     again = rounded(_named(ops.add(again, offset), layer, "offset by").output(0), "quantized again")
     return _named(ops.concat([main, again], -1), layer, "wide").output(0)
 

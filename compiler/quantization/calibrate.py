@@ -317,9 +317,8 @@ class Quantizer:
 
     @classmethod
     def of(cls, layer: QuantizedLinear) -> Quantizer:
-        wide = layer.weight.shape[1]
         return cls(
-            torch.ones(wide) if layer.smooth is None else torch.from_numpy(layer.smooth),
+            torch.ones(layer.inputs) if layer.smooth is None else torch.from_numpy(layer.smooth),
             layer.scale,
             layer.zero_point,
             torch.empty(0, dtype=torch.int64) if layer.repeated is None else torch.from_numpy(layer.repeated),
@@ -358,18 +357,19 @@ class Quantizer:
         times[worst] = torch.ceil(amplitude[worst] / amplitude[others].max()).clamp(1, TIMES).long()
         repeated = torch.repeat_interleave(torch.arange(len(reach)), times - 1)
         offset = torch.cat([torch.arange(1, int(count)) / int(count) for count in times] or [torch.empty(0)])
-        return cls(torch.cat([smooth, smooth[repeated]]), scale, zero_point, repeated, offset)
+        return cls(smooth, scale, zero_point, repeated, offset)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Quantized and back, wide and still smoothed."""
-        steps = torch.cat([rows, rows[..., self.repeated]], dim=-1) * self.smooth / self.scale
-        steps[..., rows.shape[-1] :] += self.offset
+        steps = rows * self.smooth / self.scale
+        steps = torch.cat([steps, steps[..., self.repeated] + self.offset], dim=-1)
         return ((torch.round(steps) + self.zero_point).clamp(0, 255) - self.zero_point) * self.scale
 
     def spread(self, weight: torch.Tensor) -> torch.Tensor:
         """Weights `[out, in]` as those of the wide and smoothed input, `[out, wide]`."""
         times = torch.ones(weight.shape[1]).index_add_(0, self.repeated, torch.ones(len(self.repeated)))
-        return torch.cat([weight / times, (weight / times)[:, self.repeated]], dim=1) / self.smooth
+        weight = weight / times / self.smooth
+        return torch.cat([weight, weight[:, self.repeated]], dim=1)
 
 
 def _scale(weight: torch.Tensor, largest: int) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 A layer computes, in the original, `x · weightᵀ + bias`. In int8 it computes
 
-    w = concat(x, x[repeated])                                             the wide input
-    q = clip(round(w · smooth / scale + offset) + zero_point, 0, 255)      uint8, one scale and zero point a layer
+    s = x · smooth                                                         the channels evened out
+    q = clip(round(concat(s, s[repeated]) / scale + offset) + zero_point, 0, 255)     uint8, one scale a layer
     (q - zero_point) · weightᵀ · scale · weight_scale + bias + shift       int8 × uint8 → int32, then floating point
 
 where `weight` and `weight_scale` are already those of the smoothed layer. Each backend says this in its runtime's operators.
@@ -35,7 +35,7 @@ class QuantizedLinear:
         digest: sha256 (hex) of the weights that it replaces, float32 `[out, in]`, in C order.
         weight: int8 `[out, wide]`, from -127 to 127 (-63 to 63 for CPUs whose 16-bit sums saturate).
         weight_scale: float32 `[out]`.
-        smooth: float32 `[wide]`, what the wide input is multiplied by, or None.
+        smooth: float32 `[in]`, what the input's channels are multiplied by, or None.
         scale: of the quantized input, float32.
         zero_point: of the quantized input, 0 to 255.
         shift: float32 `[out]`, what is added beside the bias: the mean error that rounding makes, taken back.

@@ -13,9 +13,9 @@ from compiler.quantization.layers import QuantizedLinear
 
 def formula(x: torch.Tensor, layer: QuantizedLinear, bias: torch.Tensor | None) -> torch.Tensor:
     """What a layer computes, float64. Steps are taken in the dtype of `x`, sums in float64, where they are exact."""
-    if layer.repeated is not None:
-        x = torch.cat([x, x[..., torch.from_numpy(layer.repeated)]], dim=-1)
     steps = (x if layer.smooth is None else x * torch.from_numpy(layer.smooth).to(x.dtype)) / layer.scale
+    if layer.repeated is not None:
+        steps = torch.cat([steps, steps[..., torch.from_numpy(layer.repeated)]], dim=-1)
     if layer.offset is not None:
         steps[..., layer.inputs :] += torch.from_numpy(layer.offset)
     rounded = torch.clamp(torch.round(steps) + layer.zero_point, 0, 255).double() - layer.zero_point
@@ -31,13 +31,11 @@ def widened(layers: Iterable[QuantizedLinear]) -> list[QuantizedLinear]:
         repeated = np.array([1, 1, last])
         times = np.ones(layer.inputs)
         times[[1, last]] = 3, 2
-        smooth = np.ones(layer.inputs, dtype=np.float32) if layer.smooth is None else layer.smooth
         weight = np.rint(layer.weight / times).astype(np.int8)
         found.append(
             replace(
                 layer,
                 weight=np.concatenate([weight, weight[:, repeated]], axis=1),
-                smooth=np.concatenate([smooth, smooth[repeated]]),
                 repeated=repeated,
                 offset=np.array([1 / 3, 2 / 3, 1 / 2], dtype=np.float32),
             )

@@ -77,8 +77,7 @@ def test_emulation_is_the_formula(model: Model, calibrated: tuple[dict[str, Any]
     name = "encoder.layer.1.intermediate.dense"
     layer, part = calibrated[1].by_name[name], linears(model)[name]
     if wide:
-        smooth = None if layer.smooth is None else layer.smooth[: layer.inputs]
-        narrow = replace(layer, weight=layer.weight[:, : layer.inputs], smooth=smooth, repeated=None, offset=None)
+        narrow = replace(layer, weight=layer.weight[:, : layer.inputs], repeated=None, offset=None)
         (layer,) = widened([narrow])
     x = torch.randn((50, layer.inputs), generator=torch.Generator().manual_seed(4))
     with Emulation(model.module, [layer]).applied([name]), torch.inference_mode():
