@@ -31,11 +31,11 @@ def save_classifier(folder: Path, tokenizer: Path) -> Path:
         intermediate_size=1031,
         num_hidden_layers=3,
         max_position_embeddings=259,
-        initializer_range=0.07,
+        initializer_range=0.12,
         num_labels=CLASSES,
         pad_token_id=fast.pad_token_id,
     )
-    torch.manual_seed(28)  # of which no answer is nearly a tie
+    torch.manual_seed(25)  # of which texts get different answers, and none is nearly a tie
     BertForSequenceClassification(config).save_pretrained(folder)
     return folder
 
