@@ -135,9 +135,8 @@ def reduce(out: Path, exported: Path, precision: Precision) -> dict[str, Any]:
     raise NotImplementedError("no precision of ONNX is made from another")
 
 
-def quantize(out: Path, exported: Path, layers: Layers, rest: Precision, embeddings: bool = False) -> dict[str, Any]:
-    """The fp32 file below `exported` with some layers in int8, as `onnx/model_quantized.onnx`; all else stays in `rest`,
-    but with `embeddings` the large tables, which are most of a small model's file.
+def quantize(out: Path, exported: Path, layers: Layers, rest: Precision) -> dict[str, Any]:
+    """The fp32 file below `exported` with some layers in int8, as `onnx/model_quantized.onnx`; all else stays in `rest`.
 
     Returns what `export` does, and by layers' names the operators of those that are `int8`, and why others are `left`.
     """
@@ -148,7 +147,7 @@ def quantize(out: Path, exported: Path, layers: Layers, rest: Precision, embeddi
     if rest != "fp32":
         raise NotImplementedError(f"what is not in int8 stays in fp32, not in {rest}")
     program = onnx_ir.load(exported / files("fp32")[0])
-    done, left = onnx_int8.quantize(program, layers, embeddings)
+    done, left = onnx_int8.quantize(program, layers)
     _save(program, out / files("int8")[0])
     opset = program.graph.opset_imports[""]
     return {"opset": opset, "fusions": fusions(program.graph, onnx_int8.count(program.graph)), "int8": done, "left": left}

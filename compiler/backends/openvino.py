@@ -220,7 +220,8 @@ def quantize(out: Path, exported: Path, layers: Layers, rest: Precision) -> dict
 
     program = _read(exported)
     done, arrays = openvino_int8.quantize(program, layers)
-    left = {name: "the graph computes it in another way" for name in layers.by_name if name not in done}
+    wanted = [*layers.by_name, *(table.name for table in layers.tables.values())]
+    left = {name: "the graph computes it in another way" for name in wanted if name not in done}
     known = _reduced(program, out, "int8") if rest == "bf16" else _save(program, out, "int8")
     del arrays
     return {**known, "int8": done, "left": left}

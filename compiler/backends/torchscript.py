@@ -28,6 +28,7 @@ FUSIONS = ("padding_free", "linear")
 # Why a layer of a plan is not in int8.
 JOINED = "it runs joined with layers of the same input, of which one is not in the plan or is quantized another way"
 UNKNOWN = "no linear layer of the file has its weights to itself"
+UNKNOWN_TABLE = "its rows are not looked up alone, or not in this model"
 # The earliest time that a ZIP archive can hold: the files of a release carry no time of their own.
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 # torch aligns the tensors in its archives so that they can be mapped into memory.
@@ -122,7 +123,13 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
         with padding_free.applied(module):
             packed, _, _ = trace(module)
         counts = {"padding_free": padding_free.count, **counts}
-    about = {"fusions": counts, "runs": runs, "digests": _digests(module, model.module, weights), "biases": _biases(weights)}
+    about = {
+        "fusions": counts,
+        "runs": runs,
+        "digests": _digests(module, model.module, weights),
+        "biases": _biases(weights),
+        "tables": _tables(module, model.module, weights),
+    }
     return script.assemble(model.inputs, dense, packed, weights, records, json.dumps(about)), counts
 
 
@@ -138,6 +145,19 @@ def _digests(module: torch.nn.Module, original: torch.nn.Module, weights: Weight
         if layer is not None and weights.packs[layer.pack] not in weights.shared:
             found[layer.pack][layer.part] = digest(parameters[name].detach().float().numpy())
     return [[digest for _, digest in sorted(parts.items())] for parts in found]
+
+
+def _tables(module: torch.nn.Module, original: torch.nn.Module, weights: Weights) -> list[tuple[int, int, str]]:
+    """The places of each table and of its scales, and the digest of the original's."""
+    from compiler.quantization.layers import digest
+
+    parameters = dict(original.named_parameters())
+    found = []
+    for name, parameter in module.named_parameters():
+        place = weights.places.get(id(parameter))
+        if place in weights.tables:
+            found.append((place, weights.tables[place], digest(parameters[name].detach().float().numpy())))
+    return found
 
 
 def _canonical_archive(source: Path, target: Path) -> None:
@@ -190,6 +210,12 @@ def quantize(out: Path, exported: Path, layers: Layers, rest: Precision) -> dict
         records[pack * RECORD : (pack + 1) * RECORD] = record(layer, bias, tensors[place].dtype)
         tensors[place] = torch.from_numpy(layer.weight)
         ran |= dict.fromkeys(layer.name.split("+"), about["runs"][pack])
+    for place, scales, digest in about["tables"]:
+        if (table := layers.tables.get(digest)) is not None:
+            tensors[scales] = torch.from_numpy(table.weight_scale[:, None]).to(tensors[place].dtype)
+            tensors[place] = torch.from_numpy(table.weight)
+            ran[table.name] = "embedding"
+    left |= {table.name: UNKNOWN_TABLE for table in layers.tables.values() if table.name not in ran}
     known = {digest for digests in about["digests"] for digest in digests}
     for name, layer in layers.by_name.items():
         if name not in ran:

@@ -36,6 +36,14 @@ def linear(
 
 
 @torch.jit.script
+def embedding(ids: torch.Tensor, table: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Rows of a table; of one in int8, times their scales, `[rows, 1]`, in the dtype of these."""
+    if table.dtype == torch.int8:
+        return functional.embedding(ids, table).to(scale.dtype) * functional.embedding(ids, scale)
+    return functional.embedding(ids, table)
+
+
+@torch.jit.script
 def linear_gelu(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -89,7 +97,8 @@ class Weights:
     """A model's parameters as its traced functions take them: a list, each tensor once.
 
     `packs` are the places of those that linear layers use, to be packed when the file is opened; `shared` those of them that
-    something else uses too.
+    something else uses too. `tables` are the places of those whose rows are looked up, and nothing else, each with the place
+    of what stands for its scales in int8, which is empty until it is.
     """
 
     tensors: list[torch.Tensor] = field(default_factory=list)
@@ -97,6 +106,7 @@ class Weights:
     places: dict[int, int] = field(default_factory=dict)
     layers: dict[int, Layer] = field(default_factory=dict)
     shared: set[int] = field(default_factory=set)
+    tables: dict[int, int] = field(default_factory=dict)
 
     def add(self, tensor: torch.Tensor) -> int:
         self.tensors.append(tensor.detach())
@@ -127,6 +137,7 @@ def collect(module: torch.nn.Module, run: Callable[[], object]) -> Weights:
     groups: dict[int, list[tuple[torch.nn.Parameter, torch.nn.Parameter | None]]] = {}
     kept: list[Any] = []
     elsewhere: set[int] = set()
+    looked_up: set[int] = set()
 
     class Record(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,12 +148,16 @@ def collect(module: torch.nn.Module, run: Callable[[], object]) -> Weights:
                 if all(weight is not args[1] for group in groups.values() for weight, _ in group):
                     groups.setdefault(id(args[0]), []).append(pair)
                 kept.append(args[0])  # or another tensor may get its id
+            elif _rows(func, args, kwargs) is not None:
+                looked_up.add(id(args[1]))
             else:
                 elsewhere.update(id(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.nn.Parameter))
             return func(*args, **kwargs)
 
     with torch.no_grad(), Record():
         run()
+    linears = {id(weight) for group in groups.values() for weight, _ in group}
+    elsewhere |= looked_up & linears
     weights = Weights()
     joined = set()
     for group in groups.values():
@@ -156,6 +171,9 @@ def collect(module: torch.nn.Module, run: Callable[[], object]) -> Weights:
     for parameter in module.parameters():
         if id(parameter) not in joined and id(parameter) not in weights.places:
             weights.places[id(parameter)] = weights.add(parameter)
+    for parameter in module.parameters():
+        if id(parameter) in looked_up - elsewhere:
+            weights.tables[weights.places[id(parameter)]] = weights.add(parameter.new_empty(0))
     for group in groups.values():
         for weight, bias in group:
             if id(weight) not in joined:
@@ -166,6 +184,14 @@ def collect(module: torch.nn.Module, run: Callable[[], object]) -> Weights:
                     len(weights.packs) - 1, None if bias is None else weights.places[id(bias)], alone=len(group) == 1
                 )
     return weights
+
+
+def _rows(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The ids of a call that looks up rows of a parameter as they are, else None. The row for padding has no part in that."""
+    if func is not functional.embedding or len(args) < 2 or not isinstance(args[1], torch.nn.Parameter):
+        return None
+    more = dict(zip(("padding_idx", "max_norm"), args[2:4], strict=False)) | dict(kwargs)
+    return args[0] if more.get("max_norm") is None else None
 
 
 def _plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
@@ -216,6 +242,10 @@ class Fuse(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func is functional.linear and (layer := self.weights.layers.get(id(args[1]))) is not None:
             return self._linear(args[0], layer)
+        if (ids := _rows(func, args, kwargs)) is not None:
+            place = self.weights.places.get(id(args[1]))
+            if place in self.weights.tables:
+                return embedding(ids, self.tensors[place], self.tensors[self.weights.tables[place]])
         if func is functional.dropout and not (args[2] if len(args) > 2 else kwargs.get("training", True)):
             return args[0]
         if func is functional.scaled_dot_product_attention and (plain := _plain(args, kwargs)) is not None:

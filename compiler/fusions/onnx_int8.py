@@ -26,19 +26,17 @@ from compiler.quantization.layers import Layers, QuantizedLinear, digest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ALL = slice(None)
-# In bytes: smaller tables are not worth more nodes.
-TABLE = 2**20
 PRODUCT = "MatMulIntegerToFloat"
+# Why an embedding of a plan is not in int8.
+TABLE_LEFT = "its rows are not looked up alone, or not in this graph"
 # Of one row or of all alike: they leave `[1, tokens, width]` as it is.
 ROWWISE = ("LayerNormalization", "Gelu", "BiasGelu", "QuickGelu", "Relu", "Tanh", "QuantizeLinear", "Concat", PRODUCT)
 
 
-def quantize(model: Model, layers: Layers, embeddings: bool = False) -> tuple[dict[str, str], dict[str, str]]:
-    """Replace the products with the weights of `layers`, wherever they are in the graph, and, with `embeddings`, the large
-    tables of rows that are looked up, which are a part of the file and not of the time: they are rounded here, by the row.
+def quantize(model: Model, layers: Layers) -> tuple[dict[str, str], dict[str, str]]:
+    """Replace the products with the weights of `layers`, and its tables, wherever they are in the graph.
 
     Returns the operator by layer's name, for those that are in int8 now, and for the others the reason why they are not.
-    Tables have the names of their weights.
     """
     plan = _Plan(model, layers)
     for node in [node for node in model.graph if node.op_type == "If"]:
@@ -50,9 +48,9 @@ def quantize(model: Model, layers: Layers, embeddings: bool = False) -> tuple[di
     remove_unused(model)  # reshapes of what the next looks for the only use of
     for attended, values in plan.attended.items():
         _smooth_values(plan, attended, values)
-    if embeddings:
-        for table in list(model.graph.initializers.values()):
-            _table(plan, table)
+    for value in list(model.graph.initializers.values()):
+        _table(plan, value)
+    left |= {table.name: TABLE_LEFT for table in layers.tables.values() if table.name not in plan.done}
     model.graph.sort()  # a quantized input that several take may have been made for one behind another
     remove_unused(model)
     if plan.done:
@@ -385,21 +383,19 @@ def _smooth_values(plan: _Plan, attended: Value, values: Value) -> None:
     _remove(node)
 
 
-def _table(plan: _Plan, table: Value) -> None:
+def _table(plan: _Plan, value: Value) -> None:
     """Rows that `Gather` alone looks up, in int8 with a scale each."""
-    rows = _array(table)
-    uses = [node for node, place in table.uses() if _is(node, "Gather") and place == 0]
-    if rows is None or rows.ndim != 2 or rows.dtype != np.float32 or rows.nbytes < TABLE or len(uses) != len(table.uses()):
+    uses = [node for node, place in value.uses() if _is(node, "Gather") and place == 0]
+    if len(uses) != len(value.uses()) or not uses or any(node.attributes.get_int("axis", 0) for node in uses):
         return
-    if not uses or any(node.attributes.get_int("axis", 0) for node in uses):
+    if value.dtype != onnx_ir.DataType.FLOAT or (rows := _array(value)) is None or (table := plan.layers.table(rows)) is None:
         return
-    scales = np.maximum(np.abs(rows).max(axis=1, keepdims=True) / 127, np.finfo(np.float32).tiny).astype(np.float32)
-    small, scale = plan.constant(np.rint(rows / scales).astype(np.int8)), plan.constant(scales)
+    small, scale = plan.constant(table.weight), plan.constant(table.weight_scale[:, None])
     for node in uses:
         found = plan.make(node, "Cast", plan.make(node, "Gather", small, node.inputs[1]), to=onnx_ir.DataType.FLOAT)
         _stand_in(plan.make(node, "Mul", found, plan.make(node, "Gather", scale, node.inputs[1])), node.outputs[0])
         _remove(node)
-    plan.done[str(table.name).removesuffix(".weight")] = "Gather"
+    plan.done[table.name] = "Gather"
 
 
 def _reason(model: Model, layer: QuantizedLinear) -> str:

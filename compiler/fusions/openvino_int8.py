@@ -26,6 +26,8 @@ def quantize(program: Model, layers: Layers) -> tuple[dict[str, str], list[Any]]
     arrays: list[Any] = []
     inputs: dict[tuple[str, int], Output] = {}
     for node in list(every_node(program)):
+        if node.get_type_name() == "Constant" and (name := _table(node, layers, arrays)) is not None:
+            done[name] = "Gather i8"
         if node.get_type_name() != "MatMul":
             continue
         weight = node.input_value(1).get_node()
@@ -49,6 +51,22 @@ def quantize(program: Model, layers: Layers) -> tuple[dict[str, str], list[Any]]
         _shift(node, layer)
         done |= dict.fromkeys(layer.name.split("+"), "MatMul u8 × i8")
     return done, arrays
+
+
+def _table(constant: Node, layers: Layers, arrays: list[Any]) -> str | None:
+    """Put a table in int8, whose rows are looked up alone, in its constant's place; its name, or None where it is none."""
+    users = list(constant.output(0).get_target_inputs())
+    if constant.get_element_type() != openvino.Type.f32 or len(constant.get_output_shape(0)) != 2:
+        return None
+    if any((user.get_node().get_type_name(), user.get_index()) != ("Gather", 0) for user in users):
+        return None
+    if not users or (table := layers.table(constant.data)) is None:
+        return None
+    arrays.append(table.weight)
+    rows = _scaled(table.weight, table.weight_scale[:, None], table.name, constant)
+    for user in users:
+        user.replace_source_output(rows)
+    return table.name
 
 
 def _quantized(source: Output, layer: QuantizedLinear) -> Output:
@@ -76,17 +94,24 @@ def _quantized(source: Output, layer: QuantizedLinear) -> Output:
 
 def _named(node: Node, layer: QuantizedLinear, role: str) -> Node:
     """A node with a name: OpenVINO's own counts all nodes that the process has made, and no two files would be the same."""
-    node.set_friendly_name(f"{layer.name}/{role}")
+    return _called(node, f"{layer.name}/{role}")
+
+
+def _called(node: Node, name: str) -> Node:
+    node.set_friendly_name(name)
     return node
 
 
 def _weight(stored: Any, layer: QuantizedLinear, was: Node, *, rows: bool) -> Output:
+    return _scaled(stored, layer.weight_scale[:, None] if rows else layer.weight_scale[None], layer.name, was)
+
+
+def _scaled(stored: Any, scale: Any, name: str, was: Node) -> Output:
+    """int8 numbers times their scales, instead of the constant that there was."""
     tensor = openvino.Tensor(stored, openvino.Shape(list(stored.shape)), openvino.Type.i8)
-    constant = openvino.op.Constant(tensor)
-    constant.set_friendly_name(was.get_friendly_name())
-    scale = np.ascontiguousarray(layer.weight_scale[:, None] if rows else layer.weight_scale[None])
-    number = _named(ops.convert(constant, "f32"), layer, "weight")
-    return _named(ops.multiply(number, _named(ops.constant(scale), layer, "scale")), layer, "scaled").output(0)
+    constant = _called(openvino.op.Constant(tensor), was.get_friendly_name())
+    factor = _called(ops.constant(np.ascontiguousarray(scale)), f"{name}/scale")
+    return _called(ops.multiply(_called(ops.convert(constant, "f32"), f"{name}/weight"), factor), f"{name}/scaled").output(0)
 
 
 def _shift(node: Node, layer: QuantizedLinear) -> None:

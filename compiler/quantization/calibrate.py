@@ -13,6 +13,7 @@ error). What remains is the noise of 8-bit inputs, which no weights can take bac
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from compiler.accuracy import Answers, answers
-from compiler.quantization.layers import QuantizedLinear, digest, save
+from compiler.quantization.layers import QuantizedLinear, QuantizedTable, digest, save
 from compiler.samples import masked_places, together
 from compiler.types import Model
 
@@ -41,6 +42,8 @@ WIDE, TIMES, WORTH = 8, 16, 0.75
 DAMPING, BLOCK = 0.01, 128
 # A layer with less than this share of the multiply-adds is not worth an error.
 LEAST_SHARE = 0.005
+# In bytes, as float32: smaller embeddings are not worth more operators.
+TABLE = 2**20
 # Texts that a layer's own share in the error is measured on.
 SENSITIVITY_TEXTS = 96
 
@@ -78,7 +81,7 @@ def calibrate(
     pooling: Mapping[str, Any],
     bits: int,
 ) -> dict[str, Any]:
-    """Write `layers.safetensors`, every linear layer in int8, and return what is known of them.
+    """Write `layers.safetensors`, every linear layer and every large embedding in int8, and return what is known of them.
 
     Args:
         texts: what statistics are taken from.
@@ -89,8 +92,8 @@ def calibrate(
     Returns:
         `groups`: of each group of layers its `names`, `cost` (share of all multiply-adds of linear layers), `outputs` (the
         width of all its layers' results together), `error` (the mean
-        squared error of the answers when this group alone is int8, in units of their variance); `left`: by layer's name, why
-        it is no candidate.
+        squared error of the answers when this group alone is int8, in units of their variance); `tables`, the names of the
+        embeddings; `left`: by layer's name, why it is no candidate.
     """
     module = model.module
     groups, left = collect(module, list(batches(model, texts)))
@@ -103,7 +106,8 @@ def calibrate(
     }
     groups = [group for group in groups if _work(module, group) >= LEAST_SHARE * total]
     layers = [layer for group in groups for layer in quantize(module, group, bits)]
-    save(out / LAYERS, layers)
+    embeddings = tables(module)
+    save(out / LAYERS, [*layers, *embeddings])
     by_name = {layer.name: layer for layer in layers}
     emulation = Emulation(module, by_name.values())
     trial = list(batches(model, held[:SENSITIVITY_TEXTS]))
@@ -120,7 +124,23 @@ def calibrate(
                 "error": departure(before, after),
             }
         )
-    return {"groups": described, "left": left}
+    return {"groups": described, "tables": [table.name for table in embeddings], "left": left}
+
+
+def tables(module: torch.nn.Module, least: int = TABLE) -> list[QuantizedTable]:
+    """A model's embeddings that are large, of `least` bytes as float32, and have their weights to themselves, each row rounded
+    by a scale of its own."""
+    users = Counter(id(value) for part in module.modules() for value in part.parameters(recurse=False))
+    found = []
+    for name, part in module.named_modules():
+        if not isinstance(part, torch.nn.Embedding) or part.max_norm is not None or users[id(part.weight)] > 1:
+            continue
+        rows = part.weight.detach().float()
+        if rows.numel() * rows.element_size() >= least:
+            scale = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+            number = torch.round(rows / scale[:, None]).to(torch.int8)
+            found.append(QuantizedTable(name, digest(rows.numpy()), number.numpy(), scale.numpy()))
+    return found
 
 
 def departure(before: Answers, after: Answers) -> float:

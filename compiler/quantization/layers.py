@@ -1,4 +1,5 @@
-"""Linear layers in int8, as every backend is handed them: numbers only, found again in a graph by the weights they replace.
+"""Linear layers and embeddings in int8, as every backend is handed them: numbers only, found again in a graph by the weights
+that they replace.
 
 A layer computes, in the original, `x · weightᵀ + bias`. In int8 it computes
 
@@ -63,12 +64,31 @@ class QuantizedLinear:
         return int(self.weight.shape[0])
 
 
-class Layers:
-    """The layers of a plan, to be found in a graph by their original weights. Names say nothing there: exporters rename, share
-    and join what they find."""
+@dataclass(frozen=True)
+class QuantizedTable:
+    """The rows of an embedding in int8: row i is `weight[i] * weight_scale[i]`. It is computed with in floating point: a table
+    makes the file smaller, and takes no time.
 
-    def __init__(self, layers: Iterable[QuantizedLinear]) -> None:
+    Attributes:
+        name: the module's name in the original, such as `embeddings.word_embeddings`.
+        digest: as a `QuantizedLinear` has it, of float32 `[rows, width]`.
+        weight: int8 `[rows, width]`, from -127 to 127.
+        weight_scale: float32 `[rows]`.
+    """
+
+    name: str
+    digest: str
+    weight: Array
+    weight_scale: Array
+
+
+class Layers:
+    """The layers and tables of a plan, to be found in a graph by their original weights. Names say nothing there: exporters
+    rename, share and join what they find."""
+
+    def __init__(self, layers: Iterable[QuantizedLinear], tables: Iterable[QuantizedTable] = ()) -> None:
         self.by_name = {layer.name: layer for layer in layers}
+        self.tables = {table.digest: table for table in tables}
         self._by_digest = {layer.digest: layer for layer in self.by_name.values()}
         self._sizes = sorted({(layer.outputs, layer.inputs) for layer in self.by_name.values()})
 
@@ -87,6 +107,12 @@ class Layers:
             else:
                 return None
         return tuple(found) if found and all(_same_input(layer, found[0]) for layer in found) else None
+
+    def table(self, rows: Array) -> QuantizedTable | None:
+        """The table whose original is `rows`, float32 `[rows, width]`; None when it is none of the plan."""
+        if all(table.weight.shape != rows.shape for table in self.tables.values()):
+            return None
+        return self.tables.get(digest(rows))
 
     def joined(self, weight: Array) -> QuantizedLinear | None:
         """As `find`, as one layer that gives all their outputs, in that order. Its name is theirs, joined by `+`."""
@@ -134,8 +160,8 @@ def digest(weight: Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(weight, dtype=np.float32).data).hexdigest()
 
 
-def save(path: Path, layers: Iterable[QuantizedLinear]) -> None:
-    """Write layers as safetensors: `<name>.<attribute>` for each."""
+def save(path: Path, layers: Iterable[QuantizedLinear | QuantizedTable]) -> None:
+    """Write layers and tables as safetensors: `<name>.<attribute>` for each."""
     from safetensors.numpy import save_file
 
     arrays: dict[str, Array] = {}
@@ -151,19 +177,23 @@ def save(path: Path, layers: Iterable[QuantizedLinear]) -> None:
 
 
 def load(path: Path, names: Iterable[str]) -> Layers:
-    """The layers of those names from what `save` wrote."""
+    """The layers and tables of those names from what `save` wrote."""
     from safetensors import safe_open
 
-    found = []
+    found, tables = [], []
     with safe_open(path, framework="np") as file:
         have = set(file.keys())
         for name in names:
+            kind = QuantizedLinear if f"{name}.zero_point" in have else QuantizedTable
             values: dict[str, Any] = {
                 field.name: file.get_tensor(key) if (key := f"{name}.{field.name}") in have else None
-                for field in fields(QuantizedLinear)
+                for field in fields(kind)
                 if field.name != "name"
             }
             values["digest"] = values["digest"].tobytes().hex()
+            if kind is QuantizedTable:
+                tables.append(QuantizedTable(name, **values))
+                continue
             values["scale"], values["zero_point"] = values["scale"].item(), values["zero_point"].item()
             found.append(QuantizedLinear(name, **values))
-    return Layers(found)
+    return Layers(found, tables)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ from compiler.types import AT_MOST, Artifact, Check, Target
 if TYPE_CHECKING:
     from compiler.build import Build
 
+# Why embeddings are left out of a plan that was searched for.
+TABLE_LEFT = "the budget: with it in int8 as well, the plan that was found misses it"
+
 
 def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     """Put the files of the plan that was found into `out`, and return what is known of them: what the backend said, the layers
@@ -36,13 +40,18 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     spec, plan = build.plan.spec, build.plan
     reference, calibrated = build.load(), build.calibrate()
     groups, rest = calibrated.info["groups"], plan.rest_of(target)
+    tables = tuple(calibrated.info["tables"])
     rungs = ladder(groups, rest, target.format)
-    trials = _Trials(build, target, reference, calibrated, rungs)
+    trials = _Trials(build, target, reference, calibrated, [replace(rung, out=rung.out + tables) for rung in rungs])
     if (named := spec.quantize.plan.get(target.format)) is not None:
-        trials.rungs = [_given(named, rungs, f"{spec}: quantize.plan.{target.format}")]
+        trials.rungs = [_given(named, rungs[0], calibrated.info, f"{spec}: quantize.plan.{target.format}")]
         found = 0 if trials.passes(0) else None
     else:
         found = climb(len(rungs), build.predict().info["start"][target.format], trials.passes)
+        if found is not None and tables:
+            # They take no time, so no layer leaves int8 for them.
+            trials.rungs.append(replace(rungs[found], number=len(rungs), int8=rungs[found].int8 + tables))
+            found = len(rungs) if trials.passes(len(rungs)) else found
     if found is None:
         raise NumericsError(
             f"{spec}: {target}: no plan meets the budget; {trials.closest()}; nothing is released; widen budget.int8 "
@@ -59,19 +68,21 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     for file in entry.files:
         (out / file.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(entry.root / file.path, out / file.path)
-    kept = dict.fromkeys(trials.rungs[found].out, "the budget: it costs the most accuracy for the work that it saves")
+    why = "the budget: it costs the most accuracy for the work that it saves"
+    kept = {name: TABLE_LEFT if name in tables else why for name in trials.rungs[found].out}
     if named is not None:
-        kept = dict.fromkeys(trials.rungs[found].out, "quantize.plan says so")
+        kept = dict.fromkeys(kept, "quantize.plan says so")
     known = {name: value for name, value in entry.info.items() if name not in ("outputs", "left", "milliseconds")}
     return {**known, "kept": {**calibrated.info["left"], **kept, **entry.info["left"]}, "ladder": trials.told}
 
 
-def _given(named: tuple[str, ...], rungs: list[Rung], where: str) -> Rung:
-    """The plan that a user gives."""
-    every = rungs[0].int8
-    if unknown := [name for name in named if name not in every]:
+def _given(named: tuple[str, ...], first: Rung, known: Mapping[str, Any], where: str) -> Rung:
+    """The plan that a user gives. It may name what is never in int8, as a manifest does, of `known` of the calibration."""
+    layers = (*first.out, *first.int8)
+    every = (*layers, *known["tables"])
+    if unknown := [name for name in named if name not in every and name not in known["left"]]:
         raise ConfigError(f"{where}: {unknown[0]} is no layer that can be int8; there are {', '.join(every[:4])} …")
-    if len(named) == len(every):
+    if set(layers) <= set(named):
         raise ConfigError(f"{where}: leaves no layer in int8; leave int8 out of targets: instead")
     return Rung(0, tuple(name for name in every if name in named), tuple(name for name in every if name not in named), 0.0)
 
@@ -106,15 +117,16 @@ class _Trials:
         shown = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         verdict = "passes" if not failed else f"{failed[0].name} misses {failed[0].limit:g}"
         milliseconds = f", {entry.info['milliseconds'] / 1e3:.1f} s for all texts"
-        every = len(tried.int8) + len(tried.out)
-        self.build.tell_rung(
-            self.target, "tried", f"{len(tried.int8)} of {every} layers int8: {shown}{milliseconds}: {verdict}"
-        )
+        amount = self._amount(tried)
+        self.build.tell_rung(self.target, "tried", f"{amount} int8: {shown}{milliseconds}: {verdict}")
         if failed:
-            self._failed.append(
-                max((_miss(check), f"{len(tried.int8)} of {every} layers: {_text(check)}") for check in failed)
-            )
+            self._failed.append(max((_miss(check), f"{amount}: {_text(check)}") for check in failed))
         return not failed
+
+    def _amount(self, tried: Rung) -> str:
+        tables = set(self.calibrated.info["tables"])
+        own, every = (len(set(names) - tables) for names in (tried.int8, (*tried.int8, *tried.out)))
+        return f"{own} of {every} layers{' and embeddings' if tables & set(tried.int8) else ''}"
 
     def closest(self) -> str:
         """The plan that missed the least, and by how much."""

@@ -25,7 +25,7 @@ from compiler.quantization.layers import Layers, QuantizedLinear, digest
 from compiler.stages.load import run_eager
 from compiler.types import Model, Target
 from tests.backends.conftest import export
-from tests.quantization.formula import formula, widened
+from tests.quantization.formula import formula, rows_of, widened, with_rows
 
 Array = np.ndarray[Any, Any]
 FILE = "onnx/model_quantized.onnx"
@@ -218,25 +218,22 @@ def test_layers_that_are_not_there_are_left(tmp_path: Path, exported: Path, laye
     assert set(known["int8"]) == {layer.name for layer in layers[1:]}
 
 
-def test_the_same_file_is_made_again(tmp_path: Path, exported: Path, layers: list[QuantizedLinear]) -> None:
+def test_the_same_file_is_made_again(tmp_path: Path, exported: Path, model: Model, layers: list[QuantizedLinear]) -> None:
     for name in ("one", "two"):
-        backend.quantize(tmp_path / name, exported, Layers(layers), "fp32", embeddings=True)
+        backend.quantize(tmp_path / name, exported, Layers(layers, rows_of(model.module)), "fp32")
     assert (tmp_path / "one" / FILE).read_bytes() == (tmp_path / "two" / FILE).read_bytes()
 
 
-def test_embeddings_by_the_row(tmp_path: Path, exported: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_int8, "TABLE", 32 * 32 * 4)
-    known = backend.quantize(tmp_path, exported, Layers([]), "fp32", embeddings=True)
-    assert set(known["int8"].values()) == {"Gather"}
-    assert "embeddings.word_embeddings" in known["int8"]
-    copied: Any = replace(model, module=copy.deepcopy(model.module))
-    tables: dict[str, Any] = {f"{name}.weight": one for name, one in copied.module.named_modules() if name in known["int8"]}
+def test_embeddings_by_the_row(tmp_path: Path, exported: Path, model: Model) -> None:
+    tables = rows_of(model.module)
+    assert "embeddings.word_embeddings" in {table.name for table in tables}
+    other = replace(tables[0], name="other", digest="0" * 64)
+    known = backend.quantize(tmp_path, exported, Layers([], [*tables, other]), "fp32")
+    assert known["int8"] == {table.name: "Gather" for table in tables}
+    assert known["left"] == {"other": onnx_int8.TABLE_LEFT}
     kept = onnx_ir.load(tmp_path / FILE).graph.initializers
-    assert not set(tables) & set(kept)
-    for module in tables.values():
-        rows = module.weight.detach()
-        scales = rows.abs().amax(dim=1, keepdim=True) / 127
-        module.weight = torch.nn.Parameter(torch.round(rows / scales) * scales)
+    assert not {f"{table.name}.weight" for table in tables} & set(kept)
+    copied = replace(model, module=with_rows(model.module, tables))
     inputs = BATCHES["left"]
     expected = next(iter(run_eager(copied, inputs).values()))
     real = inputs["attention_mask"].astype(bool)

@@ -19,7 +19,7 @@ from compiler.stages.load import run_eager
 from compiler.types import Model, Target
 from tests.backends.conftest import export
 from tests.backends.test_torchscript_int8 import emulate, plan
-from tests.quantization.formula import widened
+from tests.quantization.formula import rows_of, widened, with_rows
 
 Array = np.ndarray[Any, Any]
 FILE = backend.files("int8")[0]
@@ -95,6 +95,18 @@ def test_channels_given_more_than_once(tmp_path: Path, model: Model, exported: P
         error, difference = (np.abs(side - expected)[real] for side in (answer(tmp_path / FILE, inputs), narrow))
         assert np.median(error) < 1e-5
         assert error.max() < difference.max() / 2
+
+
+def test_embeddings_by_the_row(tmp_path: Path, model: Model, exported: Path) -> None:
+    tables = rows_of(model.module)
+    other = replace(tables[0], name="other", digest="0" * 64)
+    known = backend.quantize(tmp_path, exported, Layers([], [*tables, other]), "fp32")
+    assert known["int8"] == {table.name: "Gather i8" for table in tables}
+    assert list(known["left"]) == ["other"]
+    inputs = BATCHES["right"]
+    real = inputs["attention_mask"].astype(bool)
+    expected = next(iter(run_eager(replace(model, module=with_rows(model.module, tables)), inputs).values()))
+    assert np.allclose(answer(tmp_path / FILE, inputs)[real], expected[real], atol=2e-5)
 
 
 def test_every_layer_is_found_in_both_branches(layers: list[QuantizedLinear], made: tuple[Path, Any]) -> None:

@@ -19,10 +19,11 @@ from torch.nn import functional
 
 from compiler.backends import torchscript
 from compiler.fusions import int8, linear
+from compiler.quantization import calibrate
 from compiler.quantization.layers import Layers, QuantizedLinear, digest
 from compiler.types import Model, Precision, Target
 from tests.backends.conftest import export, load_checkpoint
-from tests.quantization.formula import formula, widened
+from tests.quantization.formula import formula, rows_of, widened, with_rows
 from tests.zoo import save_checkpoint
 
 INT8 = torchscript.files("int8")[0]
@@ -169,14 +170,34 @@ def test_what_runs_and_what_is_left(model: Model, exported: Path, tmp_path: Path
     assert not torch.equal(before, after)
 
 
+@pytest.mark.parametrize("rest", RESTS)
+def test_embeddings_by_the_row(model: Model, exported: Path, tmp_path: Path, rest: Precision) -> None:
+    tables = rows_of(model.module)
+    known = torchscript.quantize(tmp_path, exported, Layers([], tables), rest)
+    assert known["int8"] == {table.name: "embedding" for table in tables}
+    assert known["left"] == {}
+    script = torch.jit.load(tmp_path / INT8)
+    assert [tensor.dtype for tensor in script.tensors].count(torch.int8) == len(tables)
+    expected = with_rows(model.module, tables)
+    for given in batches().values():
+        real = given["attention_mask"] > 0
+        with torch.no_grad():
+            exact = expected(**given)["last_hidden_state"][real]
+        actual = script(**given)["last_hidden_state"][real]
+        assert torch.allclose(actual, exact, atol=2e-5 if rest == "fp32" else 0.1)
+
+
 def test_tied_weights_are_left(tmp_path: Path) -> None:
     """An output layer that is the embedding too would be in the file twice."""
     model = load_checkpoint(save_checkpoint(tmp_path / "tied", "bert", "fill-mask"), "fill-mask")
     (tmp_path / "out").mkdir()
     export(torchscript, tmp_path / "out", model, Target("torchscript", "fp32"))
     layers = plan(model.module, dict(model.example))
-    known = torchscript.quantize(tmp_path, tmp_path / "out", Layers(layers), "fp32")
-    assert known["left"] == {"cls.predictions.decoder": torchscript.UNKNOWN}
+    tied = "bert.embeddings.word_embeddings"
+    assert tied not in {table.name for table in calibrate.tables(model.module, 1)}
+    table = next(table for table in rows_of(model.module) if table.name == tied)
+    known = torchscript.quantize(tmp_path, tmp_path / "out", Layers(layers, [table]), "fp32")
+    assert known["left"] == {"cls.predictions.decoder": torchscript.UNKNOWN, tied: torchscript.UNKNOWN_TABLE}
     assert known["int8"]["cls.predictions.transform.dense"] == "linear_gelu"
     outputs = torch.jit.load(tmp_path / INT8)(**dict(model.example))
     assert torch.isfinite(outputs["logits"]).all()

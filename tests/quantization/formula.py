@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from compiler.quantization.layers import QuantizedLinear
+from compiler.quantization.layers import QuantizedLinear, QuantizedTable, digest
 
 
 def formula(x: torch.Tensor, layer: QuantizedLinear, bias: torch.Tensor | None) -> torch.Tensor:
@@ -21,6 +22,26 @@ def formula(x: torch.Tensor, layer: QuantizedLinear, bias: torch.Tensor | None) 
     rounded = torch.clamp(torch.round(steps) + layer.zero_point, 0, 255).double() - layer.zero_point
     product = rounded @ torch.from_numpy(layer.weight).double().T * layer.scale * torch.from_numpy(layer.weight_scale).double()
     return product + torch.from_numpy(layer.shift).double() + (0 if bias is None else bias.double())
+
+
+def rows_of(module: torch.nn.Module) -> list[QuantizedTable]:
+    """Every embedding of a model, by the row, as the nearest of 255 numbers."""
+    found = []
+    for name, part in module.named_modules():
+        if isinstance(part, torch.nn.Embedding):
+            rows = part.weight.detach().numpy()
+            scale = np.abs(rows).max(axis=1) / np.float32(127) + np.float32(1e-12)  # the padding's row may be of zeros
+            found.append(QuantizedTable(name, digest(rows), np.rint(rows / scale[:, None]).astype(np.int8), scale))
+    return found
+
+
+def with_rows(module: torch.nn.Module, tables: Iterable[QuantizedTable]) -> torch.nn.Module:
+    """A copy of a model that looks up these tables' rows."""
+    module = copy.deepcopy(module)
+    for table in tables:
+        rows = table.weight.astype(np.float32) * table.weight_scale[:, None]
+        module.get_submodule(table.name).weight = torch.nn.Parameter(torch.from_numpy(rows))
+    return module
 
 
 def widened(layers: Iterable[QuantizedLinear]) -> list[QuantizedLinear]:

@@ -19,10 +19,12 @@ from compiler.errors import ConfigError, StageError
 from compiler.manifest import MANIFEST
 from compiler.plan import BUILTIN_TEXT
 from compiler.quantization import search
+from compiler.quantization.calibrate import TABLE
 from compiler.spine import build_model, plan_model
 from compiler.store import Store
-from compiler.types import Event
+from compiler.types import Artifact, Event
 from tests.conftest import Command, error_line, write_pipeline
+from tests.zoo import save_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 WIDE = {"cosine": 0.5, "neighbours": 0, "rank": 0}
@@ -126,6 +128,33 @@ def test_int8_that_is_not_faster(
     assert not (tmp_path / "artifacts/tiny/1.0.2").exists()
     rows = {row["step"]: row["state"] for row in planned(alone, one.output, one.store)}
     assert rows["quantize openvino int8"] == "cached"
+
+
+def test_embeddings_are_int8_while_the_budget_holds(
+    tmp_path: Path, context: tuple[Context, list[Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And stay as they are where it does not, or where the plan that was given says so: no layer leaves int8 for them."""
+    monkeypatch.setattr(search, "FASTER", 0.0)
+    table = "embeddings.word_embeddings"
+    checkpoint = save_checkpoint(tmp_path / "large", "bert", vocab_size=TABLE // (4 * 32), num_hidden_layers=1)
+
+    def made(release: str, **changes: Any) -> Artifact:
+        path = pipeline(tmp_path, checkpoint, release=release, targets={"openvino": ["int8"]}, **changes)
+        return build_model(plan_model(read(path).models[0], tmp_path), context[0]).manifest.artifacts[0]
+
+    small = made("1.0.0")
+    assert small.int8[table] == "Gather i8"
+    assert [(rung["passed"], table in rung["out"]) for rung in small.ladder] == [(True, True), (True, False)]
+    cosines = [rung["figures"]["cosine"] for rung in small.ladder]
+    assert cosines[1] < cosines[0]
+    between = {"cosine": sum(cosines) / 2, "neighbours": 0, "rank": 0}
+    strict = made("1.0.1", budget={"int8": between})
+    assert strict.kept[table] == search.TABLE_LEFT
+    assert set(strict.int8) == set(small.int8) - {table}
+    assert [rung["passed"] for rung in strict.ladder] == [True, False]
+    assert strict.files[1].size > small.files[1].size + 2 * TABLE // 4
+    given = made("1.0.2", quantize={"cpu": "avx2", "plan": {"openvino": list(strict.kept)}})
+    assert given.files == strict.files
 
 
 def test_a_budget_that_nothing_meets(command: Command, tmp_path: Path, bert: Path) -> None:
