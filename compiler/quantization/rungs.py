@@ -65,6 +65,12 @@ def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[
     return rungs
 
 
+def error(groups: Sequence[Mapping[str, Any]], rung: Rung) -> float:
+    """The errors together of the groups that are int8 on a rung. They add up, nearly: rounding noise is independent."""
+    inside = set(rung.int8)
+    return math.fsum(group["error"] for group in groups if inside.issuperset(group["names"]))
+
+
 def climb(count: int, start: int, passes: Callable[[int], bool]) -> int | None:
     """The lowest rung that passes, by as few trials as that takes when a higher rung is no worse: from `start`, upwards by
     growing steps while none passes, then between the last that failed and the first that passed. `start` passing, rungs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from compiler.backends import BACKENDS
 from compiler.config import Limits
 from compiler.errors import StageError
 from compiler.numerics import judge
-from compiler.quantization.rungs import Rung, ladder, lowest
+from compiler.quantization.rungs import Rung, error, ladder, lowest
 from compiler.samples import ACCURACY, MAX_ACCURACY_LINES, TEXT, read_cases, with_masks
 from compiler.sources import pooling
 from compiler.stages.load import load
@@ -24,6 +25,8 @@ from compiler.workers import LOAD_THREADS, THREADS
 FASTER = 1.1
 # It is timed in turn with that one, so often; a machine that is busy gets a second and a third chance.
 ROUNDS, CHANCES = 9, 3
+# A prediction for one format begins where another's ended, in the layers' errors together, or at so much more of them.
+SLACK = 1.5
 
 
 def calibrate(
@@ -97,10 +100,15 @@ def predict(
             verdicts[plan.int8] = all(check.passed for check in judge(answers, limits))
         return verdicts[plan.int8]
 
-    starts = {}
+    starts: dict[str, int] = {}
+    most = math.inf
     for format, rest in rests.items():
         rungs = ladder(groups, rest, format)
-        starts[format] = lowest(len(rungs), lambda number, rungs=rungs: passes(rungs[number]))  # type: ignore[misc]
+        errors = [error(groups, rung) for rung in rungs]
+        # Another format's ladder is much the same: what is far beyond the error that it could bear is not tried.
+        first = next(number for number, found in enumerate(errors) if found <= most or number == len(rungs) - 1)
+        starts[format] = first + lowest(len(rungs) - first, lambda number, rungs=rungs[first:]: passes(rungs[number]))  # type: ignore[misc]
+        most = min(most, SLACK * errors[starts[format]])
     return {"start": starts, "tried": tried}
 
 

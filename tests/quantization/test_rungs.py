@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiler.quantization.rungs import COST, QUANTIZING, climb, ladder, lowest
+from compiler.quantization.rungs import COST, QUANTIZING, climb, error, ladder, lowest
 
 GROUPS: list[dict[str, Any]] = [
     {"names": ["a.query", "a.key"], "cost": 0.5, "outputs": 4000, "error": 0.1},  # 0.2 an unit of work
@@ -68,6 +68,15 @@ def test_climb_finds_the_lowest_that_passes(count: int, start: int, first: int) 
     assert len(tried) <= 2 * (count.bit_length() + 1)
     if first <= bottom:
         assert tried == [bottom]
+
+
+def test_errors_are_those_of_the_groups_in_int8() -> None:
+    rungs = ladder(GROUPS, "fp32", "onnx")
+    assert error(GROUPS, rungs[0]) == pytest.approx(sum(group["error"] for group in GROUPS))
+    last = [group["error"] for group in GROUPS if set(group["names"]) <= set(rungs[-1].int8)]
+    assert [error(GROUPS, rungs[-1])] == last
+    errors = [error(GROUPS, rung) for rung in rungs]
+    assert errors == sorted(errors, reverse=True)
 
 
 def test_climb_of_no_rung() -> None:
