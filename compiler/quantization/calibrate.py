@@ -298,16 +298,16 @@ def _rounded(
     quantizer: Quantizer, names: Sequence[str], weights: Sequence[torch.Tensor], rows: torch.Tensor, largest: int
 ) -> tuple[list[QuantizedLinear], float]:
     """The layers with weights rounded for a quantizer, and the mean squared error of their outputs."""
-    inputs = quantizer(rows)
-    hessian = (inputs.T @ inputs).double()
-    found, squares = [], 0.0
+    inputs, joined = quantizer(rows), torch.cat(list(weights))
+    numbers, scales = gptq(quantizer.spread(joined), (inputs.T @ inputs).double(), largest)
+    departures = rows @ joined.T - inputs @ (numbers * scales[:, None]).T
+    shifts = departures.mean(dim=0)
+    squares = float(((departures - shifts) ** 2).mean())
+    found = []
     smooth = None if bool((quantizer.smooth == 1).all()) else quantizer.smooth.numpy()
     repeated = quantizer.repeated.numpy() if len(quantizer.repeated) else None
-    for name, weight in zip(names, weights, strict=True):
-        number, scale = gptq(quantizer.spread(weight), hessian, largest)
-        departures = rows @ weight.T - inputs @ (number * scale[:, None]).T
-        shift = departures.mean(dim=0)
-        squares += float(((departures - shift) ** 2).mean())
+    parts = [torch.split(values, [len(weight) for weight in weights]) for values in (numbers, scales, shifts)]
+    for name, weight, number, scale, shift in zip(names, weights, *parts, strict=True):
         found.append(
             QuantizedLinear(
                 name,
