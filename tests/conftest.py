@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
 import os
 import shutil
 import subprocess
@@ -17,7 +20,12 @@ from compiler.manifest import MANIFEST, SUMS, Manifest, sums, to_bytes
 from tests.releases import media as media  # fixtures
 from tests.releases import plain_torchscript as plain_torchscript
 from tests.releases import releases as releases
+from tests.warm import Warm, inherited
 from tests.zoo import save_checkpoint
+
+# As in the workers (see `compiler.preload`): tracing makes millions of objects that live on.
+gc.set_threshold(200_000, 20, 100)
+ENVIRONMENT = dict(os.environ)
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -34,18 +42,33 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@functools.cache
+def _warm() -> Warm:
+    warm = Warm(ENVIRONMENT)
+    atexit.register(warm.close)
+    return warm
+
+
 def run_command(
     folder: Path,
     cache: Path,
     *arguments: object,
     environment: dict[str, str] | None = None,
     timeout: float = 300,
+    cold: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `compile ARGUMENTS` in a folder, with a stage cache, and return what it printed and its exit code."""
+    """Run `compile ARGUMENTS` in a folder, with a stage cache, and return what it printed and its exit code.
+
+    It starts `cold`, with a new interpreter and a new server of jobs, where it is told so or has an environment of its own;
+    else warm (see `tests.warm`).
+    """
+    full = {**os.environ, "COMPILE_CACHE_DIR": str(cache), **(environment or {})}
+    if not cold and inherited(full) == inherited(ENVIRONMENT):
+        return _warm().run([*map(str, arguments)], folder, full, timeout)
     return subprocess.run(
         [sys.executable, "-m", "compiler", *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "COMPILE_CACHE_DIR": str(cache), **(environment or {})},
+        env=full,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -56,7 +79,7 @@ def run_command(
 
 @pytest.fixture
 def command(tmp_path: Path, shared_cache: Path) -> Command:
-    """`run_command` in `tmp_path`; `cache` is the stage cache, `environment` adds variables."""
+    """`run_command` in `tmp_path`; `cache` is the stage cache, `environment` adds variables, `cold` starts anew."""
 
     def run(*arguments: object, cache: Path = shared_cache, **options: Any) -> subprocess.CompletedProcess[str]:
         return run_command(tmp_path, cache, *arguments, **options)
