@@ -25,6 +25,8 @@ from tests.zoo import save_checkpoint
 
 # As in the workers (see `compiler.preload`): tracing makes millions of objects that live on.
 gc.set_threshold(200_000, 20, 100)
+# Nor does a test report its use of OpenVINO to OpenVINO's makers, which takes it seconds.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 ENVIRONMENT = dict(os.environ)
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

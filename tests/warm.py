@@ -91,7 +91,8 @@ def _commands(connection: multiprocessing.connection.Connection) -> tuple[list[s
 def _serve(connection: multiprocessing.connection.Connection, log: Path) -> NoReturn:
     from multiprocessing import forkserver, resource_tracker
 
-    import compiler.cli  # noqa: F401
+    import compiler.cli
+    import compiler.spine  # noqa: F401
     from compiler import workers
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # pytest, which gets it too, decides
