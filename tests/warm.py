@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import runpy
 import signal
@@ -20,8 +22,9 @@ from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What commands may have another value of than the server of their jobs: no job reads it.
-OWN = ("COMPILE_CACHE_DIR", "PYTEST_")
+# What commands may have another value of than the server of their jobs, by how it starts: no job reads it, or, of the last two,
+# which torch and our own code set in pytest's process, any value does.
+OWN = ("COMPILE_CACHE_DIR", "PYTEST_", "MLFLOW_", "TORCHINDUCTOR_CACHE_DIR", "HF_HUB_DISABLE_")
 
 
 def inherited(environment: Mapping[str, str]) -> dict[str, str]:
@@ -70,6 +73,11 @@ class Warm:
         self._folder.cleanup()
 
 
+def _jobs() -> Any:
+    """This process's server of jobs."""
+    return multiprocessing.forkserver._forkserver
+
+
 def _commands(connection: multiprocessing.connection.Connection) -> tuple[list[str], str, dict[str, str], list[int]]:
     """Fork a process for each command that is asked for. Returns in those: arguments, folder, environment, and what is to be
     standard output and error."""
@@ -77,6 +85,7 @@ def _commands(connection: multiprocessing.connection.Connection) -> tuple[list[s
         try:
             arguments, folder, environment = connection.recv()
         except EOFError:
+            _jobs()._stop()
             sys.exit()
         streams = [recv_handle(connection) for _ in range(2)]
         if (pid := os.fork()) == 0:
@@ -89,8 +98,6 @@ def _commands(connection: multiprocessing.connection.Connection) -> tuple[list[s
 
 
 def _serve(connection: multiprocessing.connection.Connection, log: Path) -> NoReturn:
-    from multiprocessing import forkserver, resource_tracker
-
     import compiler.cli
     import compiler.spine  # noqa: F401
     from compiler import workers
@@ -99,9 +106,8 @@ def _serve(connection: multiprocessing.connection.Connection, log: Path) -> NoRe
     workers.start(log)
     arguments, folder, environment, streams = _commands(connection)
     # The server of jobs is the parent's child, which only the parent can wait for.
-    own: Any = forkserver
-    own._forkserver.ensure_running = lambda: None
-    tracker: Any = resource_tracker
+    _jobs().ensure_running = lambda: None
+    tracker: Any = multiprocessing.resource_tracker
     tracker._resource_tracker._pid = None
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for place, stream in enumerate(streams, start=1):
