@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from compiler.manifest import MANIFEST, SUMS, Manifest, sums, to_bytes
+from tests.exports import Exports, shared
 from tests.releases import media as media  # fixtures
 from tests.releases import plain_torchscript as plain_torchscript
 from tests.releases import releases as releases
@@ -36,6 +37,16 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT encoder with its tokenizer. Read only: copy it before you change it."""
     return save_checkpoint(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exports]:
+    """A checkpoint of the zoo, by its architecture and task, and its artifacts, each made once. Read only."""
+
+    def find(architecture: str, task: str = "feature-extraction") -> Exports:
+        return Exports(shared(tmp_path_factory) / "zoo" / f"{architecture}-{task}", architecture, task)
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -111,6 +111,7 @@ def test_progress_is_ours_alone(command: Command, tmp_path: Path, bert: Path) ->
     log = (tmp_path / "artifacts/.build/tiny/1.0.0/build.log").read_text()
     assert "experimental" in log
     shutil.rmtree(tmp_path / "artifacts")
+    write_pipeline(tmp_path, bert, targets={"onnx": ["fp32"]})
     loud = command(pipeline, "--verbose", cache=tmp_path / "other", cold=True)
     assert "experimental" in loud.stderr
 

@@ -22,7 +22,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What commands may have another value of than the server of their jobs, by how it starts: no job reads it, or, of the last two,
+# What commands may have another value of than the server of their jobs, by how it starts: no job reads it. Of the last two,
 # which torch and our own code set in pytest's process, any value does.
 OWN = ("COMPILE_CACHE_DIR", "PYTEST_", "MLFLOW_", "TORCHINDUCTOR_CACHE_DIR", "HF_HUB_DISABLE_")
 
