@@ -17,14 +17,17 @@ examples: .venv/ready
 	$(BIN)/compile examples/sentiment.yaml
 	$(BIN)/compile examples/questions.yaml
 
-# Servers are killed there in the middle of what they do: not beside other tests.
+# Registries' servers are killed in the middle of what they do: not beside tests that keep the machine busy. Work is stolen, so
+# that what the tests of a file share is seldom made twice.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: .venv/ready .venv/servers/ready
-	$(BIN)/python -m pytest -n 2 -m "not slow" --ignore tests/registries --ignore tests/consumers
-	$(BIN)/python -m pytest -m "not slow" tests/registries
+	$(PYTEST) -m "not slow" --ignore tests/registries --ignore tests/consumers
+	$(PYTEST) -m "not slow" tests/registries
 
 test-all: .venv/ready .venv/servers/ready
-	$(BIN)/python -m pytest -n 2 --ignore tests/registries --ignore tests/consumers
-	$(BIN)/python -m pytest tests/registries
+	$(PYTEST) --ignore tests/registries --ignore tests/consumers
+	$(PYTEST) tests/registries
 
 # The tools that releases are made for, each in an environment of its own, which is made once; -rs says which is missing, and why.
 consumers: .venv/ready $(CONSUMERS:%=.venv/consumers/%/ready)

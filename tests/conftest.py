@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
 import os
 import shutil
 import subprocess
@@ -14,10 +17,18 @@ import pytest
 import yaml
 
 from compiler.manifest import MANIFEST, SUMS, Manifest, sums, to_bytes
+from tests.exports import Exports, shared
 from tests.releases import media as media  # fixtures
 from tests.releases import plain_torchscript as plain_torchscript
 from tests.releases import releases as releases
+from tests.warm import Warm, inherited
 from tests.zoo import save_checkpoint
+
+# As in the workers (see `compiler.preload`): tracing makes millions of objects that live on.
+gc.set_threshold(200_000, 20, 100)
+# Nor does a test report its use of OpenVINO to OpenVINO's makers, which takes it seconds.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+ENVIRONMENT = dict(os.environ)
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -29,9 +40,26 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exports]:
+    """A checkpoint of the zoo, by its architecture and task, and its artifacts, each made once. Read only."""
+
+    def find(architecture: str, task: str = "feature-extraction") -> Exports:
+        return Exports(shared(tmp_path_factory) / "zoo" / f"{architecture}-{task}", architecture, task)
+
+    return find
+
+
+@pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stage cache for tests that do not look at the cache."""
     return tmp_path_factory.mktemp("cache")
+
+
+@functools.cache
+def _warm() -> Warm:
+    warm = Warm(ENVIRONMENT)
+    atexit.register(warm.close)
+    return warm
 
 
 def run_command(
@@ -40,12 +68,20 @@ def run_command(
     *arguments: object,
     environment: dict[str, str] | None = None,
     timeout: float = 300,
+    cold: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `compile ARGUMENTS` in a folder, with a stage cache, and return what it printed and its exit code."""
+    """Run `compile ARGUMENTS` in a folder, with a stage cache, and return what it printed and its exit code.
+
+    It starts `cold`, with a new interpreter and a new server of jobs, where it is told so or has an environment of its own;
+    else warm (see `tests.warm`).
+    """
+    full = {**os.environ, "COMPILE_CACHE_DIR": str(cache), **(environment or {})}
+    if not cold and inherited(full) == inherited(ENVIRONMENT):
+        return _warm().run([*map(str, arguments)], folder, full, timeout)
     return subprocess.run(
         [sys.executable, "-m", "compiler", *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "COMPILE_CACHE_DIR": str(cache), **(environment or {})},
+        env=full,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -56,7 +92,7 @@ def run_command(
 
 @pytest.fixture
 def command(tmp_path: Path, shared_cache: Path) -> Command:
-    """`run_command` in `tmp_path`; `cache` is the stage cache, `environment` adds variables."""
+    """`run_command` in `tmp_path`; `cache` is the stage cache, `environment` adds variables, `cold` starts anew."""
 
     def run(*arguments: object, cache: Path = shared_cache, **options: Any) -> subprocess.CompletedProcess[str]:
         return run_command(tmp_path, cache, *arguments, **options)

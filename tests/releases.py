@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from filelock import FileLock
 
 from compiler.plan import BUILTIN_TEXT, PACKAGE
 from compiler.tasks import TASKS
+from tests.exports import shared
 from tests.zoo import save_checkpoint
 
 TEXTS = [value for line in BUILTIN_TEXT.read_text().splitlines() for value in json.loads(line).values()]
@@ -104,9 +104,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _built_once(
     factory: pytest.TempPathFactory, name: str, chosen: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]
 ) -> Path:
-    root = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the first worker builds for all
-        root = root.parent
+    root = shared(factory)  # the first worker builds for all
     folder = root / name
     with FileLock(root / f"{name}.lock"):
         if not (folder / "built").exists():

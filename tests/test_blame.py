@@ -83,7 +83,7 @@ class Subject:
     def blame(self, aside: Path, root: Path, artifact: Artifact) -> Blame:
         aside.mkdir()
         prepared = self.prepared
-        samples = prepared.folder / "reference" / SAMPLES
+        samples = prepared.reference / SAMPLES
         return blame(aside, root, artifact, prepared.snapshot, prepared.task, samples, prepared.known, {})
 
     def spoiled(self, folder: Path, target: Target, name: str, change: Callable[[Array], Array] = reverse) -> Blame:
@@ -202,7 +202,7 @@ def test_a_layer_that_is_not_in_the_file(bert_subject: Subject) -> None:
     """A layer's output that is nowhere to be seen does not depart when what follows is right."""
     prepared = bert_subject.prepared
     root, artifact = prepared.export(Target("onnx", "fp32"))
-    case = choose(read_cases(prepared.folder / "reference" / SAMPLES, prepared.known))
+    case = choose(read_cases(prepared.reference / SAMPLES, prepared.known))
     module = load(prepared.snapshot, prepared.task).module
     plain = trace(module, case.inputs)
     keys = layers(module, plain.records, case.mask.size)
@@ -223,7 +223,7 @@ def test_a_layer_that_is_not_in_the_file(bert_subject: Subject) -> None:
 
 def test_inner_values_leave_the_file_and_the_outputs_as_they_are(bert_subject: Subject) -> None:
     prepared = bert_subject.prepared
-    case = choose(read_cases(prepared.folder / "reference" / SAMPLES, prepared.known))
+    case = choose(read_cases(prepared.reference / SAMPLES, prepared.known))
     for format in BACKENDS:
         root, artifact = prepared.export(Target(format, "fp32"))
         before = [hash_file(root, file.path) for file in artifact.files]

@@ -23,6 +23,8 @@ from compiler.store import ENTRY, SCRATCH, Step, Store
 from tests.conftest import Command, error_line, write_pipeline
 
 ALL_TARGETS = {"torchscript": ["fp32", "bf16"], "onnx": ["fp32"], "openvino": ["fp32", "bf16"]}
+# Side by side as those are, in half the time.
+SOME_TARGETS = {"torchscript": ["fp32", "bf16"], "onnx": ["fp32"]}
 
 
 def steps(stdout: str) -> dict[str, tuple[str, str]]:
@@ -80,7 +82,7 @@ def test_second_build_is_a_look(command: Command, tmp_path: Path, bert: Path) ->
     first = command(pipeline)
     assert first.returncode == 0, first.stderr
     began = time.monotonic()
-    second = command(pipeline, "--json")
+    second = command(pipeline, "--json", cold=True)
     assert time.monotonic() - began < 5  # the target is one second on a quiet machine: benchmarks/build.py measures it
     assert second.returncode == 0
     assert json.loads(second.stdout)[0]["made"] is False
@@ -101,7 +103,7 @@ def test_second_build_imports_no_torch(command: Command, tmp_path: Path, bert: P
 def test_progress_is_ours_alone(command: Command, tmp_path: Path, bert: Path) -> None:
     """No library's warning reaches the user; the log has them all, and --verbose shows them."""
     pipeline = write_pipeline(tmp_path, bert, targets=ALL_TARGETS)
-    quiet = command(pipeline, cache=tmp_path / "cache")
+    quiet = command(pipeline, cache=tmp_path / "cache", cold=True)
     assert quiet.returncode == 0, quiet.stderr
     assert all(line.startswith("tiny 1.0.0  ") for line in quiet.stderr.splitlines()), quiet.stderr
     assert quiet.stdout.splitlines()[0] == f"tiny 1.0.0  {tmp_path}/artifacts/tiny/1.0.0"
@@ -109,13 +111,14 @@ def test_progress_is_ours_alone(command: Command, tmp_path: Path, bert: Path) ->
     log = (tmp_path / "artifacts/.build/tiny/1.0.0/build.log").read_text()
     assert "experimental" in log
     shutil.rmtree(tmp_path / "artifacts")
-    loud = command(pipeline, "--verbose", cache=tmp_path / "other")
+    write_pipeline(tmp_path, bert, targets={"onnx": ["fp32"]})
+    loud = command(pipeline, "--verbose", cache=tmp_path / "other", cold=True)
     assert "experimental" in loud.stderr
 
 
 def test_plan_says_what_changed(command: Command, tmp_path: Path, bert: Path) -> None:
     cache = tmp_path / "cache"
-    pipeline = write_pipeline(tmp_path, bert, targets=ALL_TARGETS)
+    pipeline = write_pipeline(tmp_path, bert, targets=SOME_TARGETS)
     before = steps(command("plan", pipeline, "--json", cache=cache).stdout)
     assert {state for state, _ in before.values()} == {"run"}
     assert before["export onnx fp32"] == ("run", "never built here")
@@ -123,7 +126,7 @@ def test_plan_says_what_changed(command: Command, tmp_path: Path, bert: Path) ->
     after = steps(command("plan", pipeline, "--json", cache=cache).stdout)
     assert {state for state, _ in after.values()} == {"current"}
 
-    targets = {**ALL_TARGETS, "onnx": {"precisions": ["fp32"], "opset": 18}}
+    targets = {**SOME_TARGETS, "onnx": {"precisions": ["fp32"], "opset": 18}}
     write_pipeline(tmp_path, bert, targets=targets, release="1.1.0")
     planned = steps(command("plan", pipeline, "--json", cache=cache).stdout)
     assert {step for step, (state, _) in planned.items() if state == "run"} == {
@@ -225,7 +228,7 @@ def test_failing_gate_releases_nothing(command: Command, tmp_path: Path, bert: P
 @pytest.mark.parametrize("after", [r"^$", "load +done", "export torchscript fp32 +done", "validate torchscript fp32 +done"])
 def test_killed_build_leaves_nothing_half_done(command: Command, tmp_path: Path, bert: Path, after: str) -> None:
     cache = tmp_path / "cache"
-    pipeline = write_pipeline(tmp_path, bert, targets=ALL_TARGETS)
+    pipeline = write_pipeline(tmp_path, bert, targets=SOME_TARGETS)
     build = start(pipeline, cache)
     if after == r"^$":
         time.sleep(1.0)  # while the workers' server imports

@@ -6,25 +6,24 @@ A new format in `BACKENDS`, or a new precision of one, is tested here by itself.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compiler.backends import BACKENDS
-from compiler.build import _in_order
-from compiler.config import DEFAULT_LIMITS, Limits, ModelSpec, OnnxTargets, Targets
-from compiler.hashing import hash_folder, list_files
+from compiler.config import DEFAULT_LIMITS, Limits
+from compiler.hashing import list_files
 from compiler.numerics import judge
 from compiler.plan import read_texts
-from compiler.sources import resolve
-from compiler.stages.export import export
 from compiler.stages.load import REFERENCE, SAMPLES, reference
 from compiler.stages.validate import validate
 from compiler.tasks import TASKS
-from compiler.types import Artifact, Target
-from tests.zoo import ALL, IMAGES, SOUNDS, ZOO, save_checkpoint
+from compiler.types import Target
+from tests.exports import Exports, shared
+from tests.zoo import ALL, IMAGES, SOUNDS, ZOO
 
 # Heads of random numbers give logits with near ties and rows near zero, where bf16's rounding decides. What is wrong with a
 # graph shows in fp32, whose limits are the strict ones.
@@ -36,36 +35,15 @@ PRECISIONS = [
 ]
 
 
-class Prepared:
-    """A checkpoint with its reference, and the files that were exported from it so far."""
+class Prepared(Exports):
+    """With what the original answers."""
 
     def __init__(self, folder: Path, architecture: str, task: str, **config: Any) -> None:
-        self.folder = folder
-        self.name = architecture
-        self.task = task
-        save_checkpoint(folder / "checkpoint", architecture, task, **config)
-        spec = ModelSpec(
-            name="zoo",
-            release="1.0.0",
-            source="path:checkpoint",
-            targets=Targets(onnx=OnnxTargets(precisions=("fp32",))),
-        )
-        self.snapshot = resolve(spec, folder)
-        (folder / "reference").mkdir()
-        texts = read_texts(spec, task, folder).lines
+        super().__init__(folder, architecture, task, **config)
+        texts = read_texts(self.spec, task, folder).lines
         sequences = SEQUENCES if TASKS[task].modality == "text" else None
-        self.known = reference(folder / "reference", self.snapshot, task, texts, BATCHES, sequences, {})
-
-    def export(self, target: Target) -> tuple[Path, Artifact]:
-        backend = BACKENDS[target.format]
-        out = self.folder / target.format / target.precision
-        source = backend.PRECISIONS[target.precision]
-        exported = None if source is None else self.export(Target(target.format, source))[0]
-        if not out.exists():
-            out.mkdir(parents=True)
-            export(out, target, self.snapshot, self.task, {}, exported)
-        files = _in_order(hash_folder(out), backend.files(target.precision))
-        return out, Artifact(target.format, target.precision, files, backend.runtime(target.precision), key="")
+        self.reference = Path(tempfile.mkdtemp(prefix="reference-", dir=folder))
+        self.known = reference(self.reference, self.snapshot, task, texts, BATCHES, sequences, {})
 
 
 COMBINATIONS = [
@@ -76,16 +54,15 @@ COMBINATIONS = [
 
 
 @pytest.fixture(scope="module", params=COMBINATIONS, ids="-".join)
-def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
+def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     architecture, task = request.param
-    yield Prepared(tmp_path_factory.mktemp(f"{architecture}-{task}"), architecture, task)
+    return Prepared(shared(tmp_path_factory) / "zoo" / f"{architecture}-{task}", architecture, task)
 
 
 @pytest.mark.parametrize(("format", "precision"), PRECISIONS, ids=["-".join(pair) for pair in PRECISIONS])
 def test_artifact_answers_as_the_original(prepared: Prepared, format: str, precision: str) -> None:
     out, artifact = prepared.export(Target(format, precision))  # type: ignore[arg-type]
-    reference = prepared.folder / "reference"
-    figures = validate(out, artifact, reference / SAMPLES, reference / REFERENCE, prepared.known)
+    figures = validate(out, artifact, prepared.reference / SAMPLES, prepared.reference / REFERENCE, prepared.known)
     checks = judge(figures, LIMITS[precision])
     assert checks
     assert [check for check in checks if not check.passed] == []
@@ -108,10 +85,10 @@ def test_every_promise_is_covered() -> None:
     assert all(set(entry.tasks) - set(entry.slow) for entry in ZOO.values())
 
 
-def test_files_have_the_names_that_loaders_look_for(tmp_path: Path) -> None:
-    prepared = Prepared(tmp_path, "bert", "feature-extraction")
+def test_files_have_the_names_that_loaders_look_for(exports: Callable[..., Exports]) -> None:
+    bert = exports("bert")
     names = {
-        f"{format} {precision}": list_files(prepared.export(Target(format, precision))[0]) for format, precision in PRECISIONS
+        f"{format} {precision}": list_files(bert.export(Target(format, precision))[0]) for format, precision in PRECISIONS
     }
     assert names == {
         "torchscript fp32": ["torchscript/model.pt"],

@@ -58,7 +58,7 @@ class Architecture:
     tokens: dict[str, str] = field(default_factory=lambda: BERT_TOKENS)
     token_types: bool = True
     tasks: tuple[str, ...] = ALL
-    # Heads differ little from one encoder to the next: all of them are run on BERT and ModernBERT.
+    # Heads differ little from one encoder to the next: all of them are run on BERT, and ModernBERT's own two.
     slow: tuple[str, ...] = ALL[1:]
     processor: dict[str, Any] = field(default_factory=dict)
     model: str = ""
@@ -137,7 +137,8 @@ ZOO = {
                 "initializer_cutoff_factor": 2.0,
             },
             token_types=False,
-            slow=("multiple-choice",),
+            # One head that pools by the mask, and one for each token.
+            slow=tuple(task for task in ALL if task not in ("text-classification", "fill-mask")),
         ),
         Architecture("vit", {**SMALL, "image_size": 32, "patch_size": 8}, {}, tasks=IMAGES, slow=IMAGES[1:], processor=SQUARE),
         Architecture(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from compiler.fusions import Declined
 from compiler.fusions.padding_free import CHANGES, GROUPS, Packed, PaddingFree, rewrite
 from compiler.types import Artifact, File, Model, Runner, Target
 from tests.backends.conftest import export, load_checkpoint
+from tests.exports import Exports
 from tests.zoo import ENCODERS, ZOO, save_checkpoint
 
 # Those whose attention is their own code, outside of transformers' attention interface.
@@ -40,8 +41,14 @@ def masks() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module", params=sorted(set(ENCODERS) - DECLINED))
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return load_checkpoint(save_checkpoint(tmp_path_factory.mktemp(request.param), request.param))
+def exported(request: pytest.FixtureRequest, exports: Callable[..., Exports]) -> Exports:
+    found: Exports = exports(request.param)
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(exported: Exports) -> Model:
+    return load_checkpoint(exported.folder / "checkpoint")
 
 
 def opened(model: Model, format: str, out: Path) -> Runner:
@@ -52,9 +59,15 @@ def opened(model: Model, format: str, out: Path) -> Runner:
     return backend.open(out, Artifact(format, "fp32", files, backend.runtime("fp32"), key=""), 1)
 
 
+def shipped(exported: Exports, format: str) -> Runner:
+    """The fp32 artifact of a checkpoint of the zoo, from its file."""
+    out, artifact = exported.export(Target(format, "fp32"))
+    return BACKENDS[format].open(out, artifact, 1)
+
+
 @pytest.fixture(scope="module", params=sorted(BACKENDS))
-def runner(request: pytest.FixtureRequest, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    return opened(model, request.param, tmp_path_factory.mktemp("artifact"))
+def runner(request: pytest.FixtureRequest, exported: Exports) -> Runner:
+    return shipped(exported, request.param)
 
 
 def inputs(model: Model, mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -100,13 +113,14 @@ def test_model_is_as_before(model: Model) -> None:
 
 @pytest.mark.parametrize("format", sorted(BACKENDS))
 @pytest.mark.parametrize("task", ["fill-mask", "question-answering", "text-classification"])
-def test_heads(format: str, task: str, tmp_path: Path) -> None:
+def test_heads(format: str, task: str, exports: Callable[..., Exports]) -> None:
     """A head that answers for each token runs on the packed ones too; one that answers for the text sees it whole."""
-    model = load_checkpoint(save_checkpoint(tmp_path / "bert", "bert", task), task)
+    exported = exports("bert", task)
+    model = load_checkpoint(exported.folder / "checkpoint", task)
     found = rewrite(model.module, model.example)
     assert isinstance(found, PaddingFree)
     assert found.whole == (task != "text-classification")
-    run = opened(model, format, tmp_path / "artifact")
+    run = shipped(exported, format)
     for kind in ("right", "left", "no padding", "one row"):
         mask = masks()[kind]
         given = inputs(model, mask)
@@ -138,14 +152,15 @@ def test_odd_sizes(format: str, tmp_path: Path) -> None:
         assert float((actual - expected)[mask > 0].abs().max()) < 1e-5 * max(1.0, float(expected.abs().max()))
 
 
-def test_a_mask_that_is_left_out_is_one_of_ones(tmp_path: Path) -> None:
+def test_a_mask_that_is_left_out_is_one_of_ones(exports: Callable[..., Exports]) -> None:
     """In TorchScript, as in the original. The other runtimes want every input that a file declares, and say so."""
-    model = load_checkpoint(save_checkpoint(tmp_path / "bert", "bert"))
+    exported = exports("bert")
+    model = load_checkpoint(exported.folder / "checkpoint")
     ids = inputs(model, masks()["no padding"])["input_ids"]
     with torch.inference_mode():
         expected = model.module(input_ids=ids)["last_hidden_state"]
     for format in sorted(BACKENDS):
-        run = opened(model, format, tmp_path / format)
+        run = shipped(exported, format)
         if format == "torchscript":
             assert torch.allclose(torch.from_numpy(run({"input_ids": ids.numpy()})["last_hidden_state"]), expected, atol=1e-5)
         else:
@@ -172,9 +187,10 @@ def test_a_window_longer_than_the_example(format: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", sorted(BACKENDS))
-def test_texts_of_nothing_but_padding_answer_as_such_a_row_does(format: str, tmp_path: Path) -> None:
-    model = load_checkpoint(save_checkpoint(tmp_path / "bert", "bert", "text-classification"), "text-classification")
-    run = opened(model, format, tmp_path / "artifact")
+def test_texts_of_nothing_but_padding_answer_as_such_a_row_does(format: str, exports: Callable[..., Exports]) -> None:
+    exported = exports("bert", "text-classification")
+    model = load_checkpoint(exported.folder / "checkpoint", "text-classification")
+    run = shipped(exported, format)
     mask = torch.zeros(2, LENGTH, dtype=torch.int64)
     alone = run({name: value.numpy() for name, value in inputs(model, mask).items()})["logits"]
     mask[1, :9] = 1
@@ -325,16 +341,16 @@ def test_a_model_that_cannot_take_the_attention_is_as_before(tmp_path: Path, mon
     assert "forward" not in vars(base)
 
 
-def test_masks_that_a_file_cannot_take_are_told(tmp_path: Path) -> None:
+def test_masks_that_a_file_cannot_take_are_told(exports: Callable[..., Exports]) -> None:
     """As the original takes it, every value but 0 is a real token; a mask of another shape is refused, not misread."""
-    model = load_checkpoint(save_checkpoint(tmp_path / "bert", "bert"))
+    exported = exports("bert")
     mask = masks()["right"]
-    given = {name: value.numpy() for name, value in inputs(model, mask).items()}
+    given = {name: value.numpy() for name, value in inputs(load_checkpoint(exported.folder / "checkpoint"), mask).items()}
     for format in sorted(BACKENDS):
-        run = opened(model, format, tmp_path / format)
+        run = shipped(exported, format)
         expected = run(given)["last_hidden_state"]
         assert (run({**given, "attention_mask": -given["attention_mask"]})["last_hidden_state"] == expected).all()
-    run = opened(model, "torchscript", tmp_path / "again")
+    run = shipped(exported, "torchscript")
     for other in (given["attention_mask"][:1], given["attention_mask"][:, None, None]):
         with pytest.raises(Exception, match=r"attention_mask: must be \[batch, sequence\]"):
             run({**given, "attention_mask": other})

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from typing import Any, Self
+
+from tests.ports import free_port
 
 SECONDS = 60
 
@@ -20,9 +21,7 @@ class S3:
     """The server; a context manager. What it holds is gone with its process."""
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -13,6 +12,8 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2] / ".venv" / "servers"
 PATH = os.pathsep.join([str(ROOT / "usr" / "bin"), os.environ.get("PATH", "")])
@@ -22,13 +23,6 @@ MISSING = "{0} is not here: `make .venv/servers/ready` fetches it where there is
 def program(name: str) -> str | None:
     """Where a server's or a client's program is."""
     return shutil.which(name, path=PATH)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 class DockerRegistry:

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from compiler.registries import transfer
 from compiler.registries.mlflow import Model
 from compiler.stages import publish
 from compiler.types import File
+from tests.ports import free_port
 from tests.registries.conftest import make_release, manifest_of, signed_round_trip
 from tests.registries.proxy import ALWAYS, Fault, Proxy
 
@@ -45,9 +45,7 @@ class Server:
         self.folder = folder
         self.options = options
         self.environment = environment or {}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -407,9 +405,7 @@ def test_refused(
 
 
 def test_nobody_listens(release: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     began = time.monotonic()
     with pytest.raises(RegistryError, match="connection refused") as caught:
         publish.push(release, f"mlflow://127.0.0.1:{port}/tiny")

@@ -22,8 +22,9 @@ from compiler.registries import Parcel, TakenError, hub_client
 from compiler.stages.publish import Published, move_aliases, pull, push, send
 from compiler.types import Event, File
 from compiler.verify import read_release
+from tests.ports import free_port
 from tests.registries.conftest import FILES, make_release, manifest_of
-from tests.registries.hub.conftest import ROOT, HubProcess, free_port
+from tests.registries.hub.conftest import ROOT, HubProcess
 from tests.registries.proxy import ALWAYS, Fault, Proxy
 from tests.test_store import small_disk
 
