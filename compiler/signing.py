@@ -166,7 +166,8 @@ def _signer(library: Any, key: Path, password: Callable[[], str]) -> tuple[Any, 
             f"{key}: cannot be read ({error.strerror}); give your private key (PEM), or make one: {MAKE}"
         ) from error
     except (ValueError, AttributeError, TypeError, UnsupportedAlgorithm) as error:
-        if secret is not None and isinstance(error, (ValueError, TypeError, UnsupportedAlgorithm)) and "curve" not in str(error):
+        # What a wrong password opens may look like a key of no known kind, but hardly like one of another curve.
+        if secret is not None and not isinstance(error, AttributeError) and "curve" not in str(error):
             raise SigningError(f"{key}: the password does not open it; give the right one") from error
         raise SigningError(f"{key}: is no EC private key of P-256, P-384 or P-521 (PEM); make one: {MAKE}") from error
 
