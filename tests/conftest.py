@@ -29,6 +29,8 @@ gc.set_threshold(200_000, 20, 100)
 # Nor does a test report its use of OpenVINO to OpenVINO's makers, which takes it seconds.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 ENVIRONMENT = dict(os.environ)
+# What libraries set in a process that uses them (transformers' pipelines, OpenVINO's converter); no command gets it from here.
+SET_BY_LIBRARIES = ("TOKENIZERS_PARALLELISM", "TF_CPP_MIN_LOG_LEVEL", "KMP_DUPLICATE_LIB_OK", "CUBLAS_WORKSPACE_CONFIG")
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -75,7 +77,8 @@ def run_command(
     It starts `cold`, with a new interpreter and a new server of jobs, where it is told so or has an environment of its own;
     else warm (see `tests.warm`).
     """
-    full = {**os.environ, "COMPILE_CACHE_DIR": str(cache), **(environment or {})}
+    ours = {name: value for name, value in os.environ.items() if name in ENVIRONMENT or name not in SET_BY_LIBRARIES}
+    full = {**ours, "COMPILE_CACHE_DIR": str(cache), **(environment or {})}
     if not cold and inherited(full) == inherited(ENVIRONMENT):
         return _warm().run([*map(str, arguments)], folder, full, timeout)
     return subprocess.run(

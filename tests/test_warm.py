@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Command, write_pipeline
+from tests.conftest import ENVIRONMENT, Command, write_pipeline
+from tests.warm import inherited
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a new process, whatever libraries have set in this one since."""
+    for name in inherited(os.environ).keys() - ENVIRONMENT.keys():
+        monkeypatch.delenv(name)
 
 
 def test_as_cold(command: Command, tmp_path: Path) -> None:
