@@ -27,6 +27,7 @@ from compiler.bucketing import BATCH_TOKENS
 from compiler.bucketing import batches as by_length
 from compiler.errors import CompileError
 from compiler.manifest import Manifest
+from compiler.numerics import cosine
 from compiler.pipelines import base
 from compiler.verify import read_release
 
@@ -82,11 +83,7 @@ def measure(
                 answers[way] = np.asarray(asked(list(texts)))
                 if number:
                     seconds[way].append(time.perf_counter() - began)
-    right = answers["sorted"]
-    cosines = [
-        float(((right * found).sum(axis=1) / (np.linalg.norm(right, axis=1) * np.linalg.norm(found, axis=1))).min())
-        for found in answers.values()
-    ]
+    cosines = [float(cosine(answers["sorted"], found).min()) for found in answers.values()]
     pipe.send((seconds, min(cosines)))
 
 
