@@ -1,4 +1,4 @@
-"""Tiny, random, seeded checkpoints of every architecture that is promised, with tokenizers trained on the built-in text, and
+"""Tiny, random, seeded checkpoints of every architecture that is promised, with tokenizers of the built-in text, and
 image processors and feature extractors as real checkpoints have them.
 
 Weights are drawn wide (`initializer_range`), so that attention is far from uniform: a mask that is ignored, or a position
@@ -8,6 +8,7 @@ that is off by one, then shows in every output.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,22 +205,28 @@ ZOO = {
         Architecture("hubert", SPEECH, {}, tasks=SOUNDS, slow=SOUNDS[:1], processor=SOUND),
     )
 }
+VOCABULARY = 300
 # Those of text.
 ENCODERS = tuple(name for name, architecture in ZOO.items() if architecture.tasks == ALL)
 
 
 def save_tokenizer(folder: Path, architecture: Architecture) -> int:
-    """Train a WordPiece tokenizer on the built-in text, save it, and return its vocabulary's size."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    """Save a WordPiece tokenizer of the built-in text's letters and most frequent words, and return its vocabulary's size.
+
+    It is not trained: the trainer breaks ties by the order of a hash table, and no two runs would test the same inputs.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     names = architecture.tokens
-    tokenizer = Tokenizer(models.WordPiece(unk_token=names["unk"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     texts = [value for line in BUILTIN_TEXT.read_text().splitlines() for value in json.loads(line).values()]
-    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=list(names.values()), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    words = [word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))]
+    letters = sorted({letter for word in words for letter in word})
+    common = [word for word, _ in sorted(Counter(words).items(), key=lambda item: (-item[1], item[0]))]
+    pieces = list(dict.fromkeys([*names.values(), *letters, *(f"##{letter}" for letter in letters), *common]))[:VOCABULARY]
+    tokenizer = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token=names["unk"]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     cls, sep = names["cls"], names["sep"]
     ids = [(token, tokenizer.token_to_id(token)) for token in (cls, sep)]
     tokenizer.post_processor = processors.TemplateProcessing(
