@@ -287,6 +287,7 @@ class _Lowering:
     def __init__(self, nodes: _Nodes, mask: Value, markers: Sequence[Node]) -> None:
         self.mask = mask
         self.counts: Counter[str] = Counter()
+        self._shapes: dict[int, Value] = {}
         self.shape = nodes("Shape", mask)
         real = nodes("Not", nodes("Equal", mask, nodes.scalar(0)))
         flags = nodes("Cast", real, to=onnx_ir.DataType.INT32)
@@ -376,6 +377,12 @@ class _Lowering:
             outputs.append(op("Reshape", values, op.ints(1, -1)))
         return outputs
 
+    def _shape(self, op: _Nodes, width: int) -> Value:
+        """The sizes `[batch, sequence, width]`, made once."""
+        if width not in self._shapes:
+            self._shapes[width] = op("Concat", self.shape, op.ints(width), axis=0)
+        return self._shapes[width]
+
     def unpack(self, op: _Nodes, marker: Node) -> Value:
         hidden = marker.inputs[0]
         width = _size(hidden, 2)
@@ -386,7 +393,7 @@ class _Lowering:
         packed = then("ScatterND", zeros, then("Unsqueeze", self.places, then.ints(1)), tokens)
         dense = otherwise("Squeeze", hidden, otherwise.ints(0))
         (flat,) = self._branch(op, then, [packed], otherwise, [dense])
-        return op("Reshape", flat, op("Concat", self.shape, op.ints(width), axis=0), allowzero=1)
+        return op("Reshape", flat, self._shape(op, width), allowzero=1)
 
     def attention(self, op: _Nodes, marker: Node) -> Value:
         heads, size = _size(marker.inputs[0], 1), _size(marker.inputs[0], 3)
@@ -401,14 +408,14 @@ class _Lowering:
         near, everywhere = self.near.get(window, ([None] * GROUPS, None))
         settings = {"num_heads": heads, "scale": marker.attributes.get_float("scale"), "domain": MICROSOFT}
         then, otherwise = op.inner(), op.inner()
-        shape = otherwise("Concat", self.shape, otherwise.ints(width), axis=0)
         if (products := _products(found, width)) is not None:
             # Inside of the branches, since the operator of one of them does the product as well.
             source, weights = products[0], op.constant(products[1])
-            whole = otherwise("Concat", self.shape, otherwise.ints(len(products[1])), axis=0)
+            whole = self._shape(op, len(products[1]))
             inputs = [otherwise("Reshape", source, whole, allowzero=1), weights, bias]
             found = then("Split", then("MatMul", source, weights), then.ints(width, width, width), outputs=3, axis=-1)
         else:
+            shape = self._shape(op, width)
             inputs = [*(otherwise("Reshape", part, shape, allowzero=1) for part in found), bias, None]
         tokens = [then("Squeeze", part, then.ints(0)) for part in found]
         outputs = []

@@ -37,7 +37,7 @@ MAX_ROWS, MAX_BYTES = 4096, 1 << 30
 TRIAL_ROWS = 768
 EXPONENTS = (0.0, 0.6, 0.8, 0.9, 1.0)
 # How many channels may be given more than once, how often at most, and what that must make of the error: columns cost time.
-WIDE, TIMES, WORTH = 8, 16, 0.75
+WIDE, TIMES, WORTH = 8, 16, 0.6
 # What is added to the diagonal of GPTQ's Hessian, in units of its mean; columns that are rounded between two updates.
 DAMPING, BLOCK = 0.01, 128
 # A layer with less than this share of the multiply-adds is not worth an error.

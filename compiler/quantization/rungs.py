@@ -7,9 +7,11 @@ of int8. So a higher rung is slower and closer, its cost is known without timing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from compiler.types import AT_MOST, Check
 
 #: The work of a multiply-add, in units of one in int8.
 COST: Mapping[str, int] = {"int8": 1, "bf16": 2, "fp32": 4}
@@ -17,16 +19,22 @@ COST: Mapping[str, int] = {"int8": 1, "bf16": 2, "fp32": 4}
 #: Measured with 1,024 rows of 384 and 1,536 channels on a CPU with VNNI; it orders plans, so it need not be exact.
 QUANTIZING: Mapping[str, int] = {"onnx": 80, "openvino": 40, "torchscript": 190}
 
+#: Figures of an answer's distance to the original's; the others are shares of texts.
+DISTANCES = ("cosine", "rank", "kl")
+#: Trials whose figures say where the next is.
+GUESSES = 3
+
 
 @dataclass(frozen=True)
 class Rung:
     """`out` are the layers that stay out of int8, `cost` is the plan's static cost: 1 would be all multiply-adds in int8 and
-    inputs that are so already."""
+    inputs that are so already. `error` is the sum of the others' errors: rounding noise adds up, nearly."""
 
     number: int
     out: tuple[str, ...]
     int8: tuple[str, ...]
     cost: float
+    error: float
 
 
 def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[Rung]:
@@ -60,45 +68,45 @@ def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[
                 tuple(name for name in names if name in out),
                 tuple(name for name in names if name not in out),
                 round(cost / sum(group["cost"] for group in groups), 4),
+                math.fsum(group["error"] for group in order[left:]),
             )
         )
     return rungs
 
 
-def error(groups: Sequence[Mapping[str, Any]], rung: Rung) -> float:
-    """The errors together of the groups that are int8 on a rung. They add up, nearly: rounding noise is independent."""
-    inside = set(rung.int8)
-    return math.fsum(group["error"] for group in groups if inside.issuperset(group["names"]))
+def bearable(checks: Iterable[Check], error: float) -> float:
+    """The error that a budget bears, as the figures at an error let expect: distances between answers grow with it, and the
+    share of texts whose answer changes with its root."""
+    found = math.inf
+    for check in checks:
+        falls = check.name not in AT_MOST
+        lost, allowed = (1 - check.figure, 1 - check.limit) if falls else (check.figure, check.limit)
+        if lost > 0:
+            share = max(allowed, 0.0) / lost
+            found = min(found, error * (share if check.name in DISTANCES else share**2))
+    return found
 
 
-def climb(count: int, start: int, passes: Callable[[int], bool]) -> int | None:
-    """The lowest rung that passes, by as few trials as that takes when a higher rung is no worse: from `start`, upwards by
-    growing steps while none passes, then between the last that failed and the first that passed. `start` passing, rungs
-    below are not tried: they were predicted to fail. None when not even the last passes."""
-    if not count:
-        return None
-    failed = min(start, count - 1) - 1
-    step = 1
-    while True:
-        rung = min(failed + step, count - 1)
-        if passes(rung):
-            break
-        if rung == count - 1:
-            return None
-        failed, step = rung, step * 2
-    while rung - failed > 1:
-        middle = (failed + rung) // 2
-        if passes(middle):
-            rung = middle
-        else:
-            failed = middle
-    return rung
+def first(errors: Sequence[float], most: float) -> int:
+    """The lowest rung with an error of at most `most`; the last when there is none."""
+    return next((number for number, error in enumerate(errors) if error <= most), len(errors) - 1)
 
 
-def lowest(count: int, passes: Callable[[int], bool]) -> int:
-    """The first rung that passes, tried from below, every other one, then the one before; the last when none does. Not by
-    halves: shares of texts are no smooth measure, and one rung that fails by a text would send it far up."""
-    found = next((rung for rung in range(0, count, 2) if passes(rung)), None)
-    if found is None:
-        return max(count - 1, 0)
-    return found - 1 if found and passes(found - 1) else found
+def climb(errors: Sequence[float], start: int, measure: Callable[[int], tuple[bool, float]]) -> int | None:
+    """The lowest rung that passes, when a higher one is no worse; None when not even the last does.
+
+    Args:
+        errors: of each rung, falling.
+        start: the rung to be tried first.
+        measure: whether a rung passes, and the error that its figures let expect the budget to bear: there the next trial is,
+            `GUESSES` times. From then on what is left is halved, whatever the figures say.
+    """
+    failed, passed = -1, len(errors)
+    number = min(start, passed - 1)
+    trials = 0
+    while passed - failed > 1:
+        passes, bears = measure(number)
+        failed, passed, trials = (failed, number, trials + 1) if passes else (number, passed, trials + 1)
+        guess = first(errors, bears) if trials <= GUESSES else (failed + passed) // 2
+        number = min(max(guess, failed + 1), passed - 1)
+    return passed if passed < len(errors) else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compiler.backends import BACKENDS
 from compiler.errors import ConfigError, NumericsError, StageError
 from compiler.numerics import judge
-from compiler.quantization.rungs import Rung, climb, ladder
+from compiler.quantization.rungs import Rung, bearable, climb, first, ladder
 from compiler.stages.load import REFERENCE, SAMPLES
 from compiler.stages.quantize import CHANCES, FASTER, faster, rung
 from compiler.store import Entry, Step
@@ -45,13 +45,14 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     trials = _Trials(build, target, reference, calibrated, [replace(rung, out=rung.out + tables) for rung in rungs])
     if (named := spec.quantize.plan.get(target.format)) is not None:
         trials.rungs = [_given(named, rungs[0], calibrated.info, f"{spec}: quantize.plan.{target.format}")]
-        found = 0 if trials.passes(0) else None
+        found = 0 if trials.measure(0)[0] else None
     else:
-        found = climb(len(rungs), build.predict().info["start"][target.format], trials.passes)
+        errors = [rung.error for rung in rungs]
+        found = climb(errors, first(errors, build.predict().info["bears"]), trials.measure)
         if found is not None and tables:
             # They take no time, so no layer leaves int8 for them.
             trials.rungs.append(replace(rungs[found], number=len(rungs), int8=rungs[found].int8 + tables))
-            found = len(rungs) if trials.passes(len(rungs)) else found
+            found = len(rungs) if trials.measure(len(rungs))[0] else found
     if found is None:
         raise NumericsError(
             f"{spec}: {target}: no plan meets the budget; {trials.closest()}; nothing is released; widen budget.int8 "
@@ -84,7 +85,9 @@ def _given(named: tuple[str, ...], first: Rung, known: Mapping[str, Any], where:
         raise ConfigError(f"{where}: {unknown[0]} is no layer that can be int8; there are {', '.join(every[:4])} …")
     if set(layers) <= set(named):
         raise ConfigError(f"{where}: leaves no layer in int8; leave int8 out of targets: instead")
-    return Rung(0, tuple(name for name in every if name in named), tuple(name for name in every if name not in named), 0.0)
+    return Rung(
+        0, tuple(name for name in every if name in named), tuple(name for name in every if name not in named), 0.0, 0.0
+    )
 
 
 class _Trials:
@@ -96,8 +99,8 @@ class _Trials:
         self.told: list[dict[str, Any]] = []
         self._failed: list[tuple[float, str]] = []
 
-    def passes(self, number: int) -> bool:
-        """Make and measure a rung. The verdict is the budget's, on validation text."""
+    def measure(self, number: int) -> tuple[bool, float]:
+        """Make a rung and measure its answers on validation text: the budget's verdict, and the error that it would bear."""
         if number not in self.entries:
             self.entries[number] = self._make(self.rungs[number])
         entry, tried = self.entries[number], self.rungs[number]
@@ -121,7 +124,7 @@ class _Trials:
         self.build.tell_rung(self.target, "tried", f"{amount} int8: {shown}{milliseconds}: {verdict}")
         if failed:
             self._failed.append(max((_miss(check), f"{amount}: {_text(check)}") for check in failed))
-        return not failed
+        return not failed, bearable(checks, tried.error)
 
     def _amount(self, tried: Rung) -> str:
         tables = set(self.calibrated.info["tables"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from compiler.backends import BACKENDS
 from compiler.config import Limits
 from compiler.errors import StageError
 from compiler.numerics import judge
-from compiler.quantization.rungs import Rung, error, ladder, lowest
+from compiler.quantization.rungs import bearable, first, ladder
 from compiler.samples import ACCURACY, MAX_ACCURACY_LINES, TEXT, read_cases, with_masks
 from compiler.sources import pooling
 from compiler.stages.load import load
@@ -25,8 +24,9 @@ from compiler.workers import LOAD_THREADS, THREADS
 FASTER = 1.1
 # It is timed in turn with that one, so often; a machine that is busy gets a second and a third chance.
 ROUNDS, CHANCES = 9, 3
-# A prediction for one format begins where another's ended, in the layers' errors together, or at so much more of them.
-SLACK = 1.5
+# A prediction is made from so many lines of the text at most, and so many plans: the first with such a share of the error of
+# all layers, the next where that one's figures say that the budget ends. They say it well of what is not far.
+PREDICTION_LINES, PREDICTIONS, SHARE = 512, 2, 0.25
 
 
 def calibrate(
@@ -64,15 +64,16 @@ def predict(
     limits: Limits,
     rests: Mapping[str, Precision],
 ) -> dict[str, Any]:
-    """The lowest rung that meets the limits in an emulation, in floating point, of int8 arithmetic in the eager model. It
-    saves making files that would fail.
+    """How much of the layers' errors the limits bear, by emulation, in floating point, of int8 arithmetic in the eager
+    model: it says which plan to try first.
 
     Args:
-        lines, labels: the validation text, which the budget is for, and the numbers of its labels, where it has some.
-        rests: by format, the precision of what is not int8.
+        lines, labels: the validation text, which the budget is for, and the numbers of its labels, where it has some. Of many,
+            some are used, from all over.
+        rests: by format, the precision of what is not int8. The ladder is that of the first.
 
     Returns:
-        `start` by format, and `tried`: by layers that were left out, the figures.
+        `bears`, the error, and `tried`: by layers that were left out, the figures.
     """
     import torch
 
@@ -86,30 +87,25 @@ def predict(
     names = [name for group in groups for name in group["names"]]
     layers = load_layers(calibrated / calibration.LAYERS, names)
     emulation = calibration.Emulation(model.module, layers.by_name.values())
-    texts = list(calibration.batches(model, with_masks(model, lines[:MAX_ACCURACY_LINES])))
+    lines, labels = lines[:MAX_ACCURACY_LINES], None if labels is None else labels[:MAX_ACCURACY_LINES]
+    step = -(-len(lines) // PREDICTION_LINES)
+    texts = list(calibration.batches(model, with_masks(model, lines[::step])))
     before = calibration.answer(model, texts, how)
-    verdicts: dict[tuple[str, ...], bool] = {}
     tried: dict[str, dict[str, float]] = {}
-
-    def passes(plan: Rung) -> bool:
-        if plan.int8 not in verdicts:
-            with emulation.applied(plan.int8):
-                found = figures(before, calibration.answer(model, texts, how), labels)
-            tried[", ".join(plan.out)] = {name: round(figure, 6) for name, figure in found.items()}
-            answers = {"answers": {"figures": found, "worst": dict.fromkeys(found, "")}}
-            verdicts[plan.int8] = all(check.passed for check in judge(answers, limits))
-        return verdicts[plan.int8]
-
-    starts: dict[str, int] = {}
-    most = math.inf
-    for format, rest in rests.items():
-        rungs = ladder(groups, rest, format)
-        errors = [error(groups, rung) for rung in rungs]
-        # Another format's ladder is much the same: what is far beyond the error that it could bear is not tried.
-        first = next(number for number, found in enumerate(errors) if found <= most or number == len(rungs) - 1)
-        starts[format] = first + lowest(len(rungs) - first, lambda number, rungs=rungs[first:]: passes(rungs[number]))  # type: ignore[misc]
-        most = min(most, SLACK * errors[starts[format]])
-    return {"start": starts, "tried": tried}
+    format, rest = next(iter(rests.items()))
+    rungs = ladder(groups, rest, format)
+    errors = [rung.error for rung in rungs]
+    bears = SHARE * errors[0]
+    for _ in range(PREDICTIONS):
+        number = first(errors, bears)
+        with emulation.applied(rungs[number].int8):
+            found = figures(before, calibration.answer(model, texts, how), None if labels is None else labels[::step])
+        tried[", ".join(rungs[number].out)] = {name: round(figure, 6) for name, figure in found.items()}
+        checks = judge({"answers": {"figures": found, "worst": dict.fromkeys(found, "")}}, limits)
+        bears = min(bearable(checks, errors[number]), errors[0])
+        if first(errors, bears) == number:
+            break
+    return {"bears": bears, "tried": tried}
 
 
 def rung(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiler.quantization.rungs import COST, QUANTIZING, climb, error, ladder, lowest
+from compiler.quantization.rungs import COST, GUESSES, QUANTIZING, bearable, climb, first, ladder
+from compiler.types import Check
 
 GROUPS: list[dict[str, Any]] = [
     {"names": ["a.query", "a.key"], "cost": 0.5, "outputs": 4000, "error": 0.1},  # 0.2 an unit of work
@@ -51,60 +53,68 @@ def test_a_narrow_layer_is_worth_less() -> None:
     assert ladder([none], "bf16", "torchscript")[0].int8 == ("f",)  # as long as there is another
 
 
-@given(st.integers(1, 60), st.integers(0, 70), st.integers(0, 70))
-def test_climb_finds_the_lowest_that_passes(count: int, start: int, first: int) -> None:
-    """Rungs from `first` on pass; below `start` none is tried."""
+def falling(count: int) -> list[float]:
+    return [float(count - number) for number in range(count)]
+
+
+@given(st.integers(1, 60), st.integers(0, 70), st.integers(0, 70), st.floats(0, 80))
+def test_climb_finds_the_lowest_that_passes(count: int, start: int, lowest: int, bears: float) -> None:
+    """Rungs from `lowest` on pass, whatever the figures let expect; what they do say is tried next."""
     tried: list[int] = []
 
-    def passes(number: int) -> bool:
+    def measure(number: int) -> tuple[bool, float]:
         tried.append(number)
-        return number >= first
+        return number >= lowest, bears
 
-    bottom = min(start, count - 1)
-    passing = [number for number in range(bottom, count) if number >= first]
-    assert climb(count, start, passes) == (passing[0] if passing else None)
+    assert climb(falling(count), start, measure) == (lowest if lowest < count else None)
     assert len(tried) == len(set(tried))
-    assert all(bottom <= number < count for number in tried)
-    assert len(tried) <= 2 * (count.bit_length() + 1)
-    if first <= bottom:
-        assert tried == [bottom]
+    assert tried[0] == min(start, count - 1)
+    assert len(tried) <= GUESSES + count.bit_length() + 1
+
+
+@given(st.integers(1, 60), st.integers(0, 70), st.integers(0, 59))
+def test_climb_takes_few_trials_when_the_figures_are_right(count: int, start: int, lowest: int) -> None:
+    lowest = min(lowest, count - 1)
+    errors = falling(count)
+    tried: list[int] = []
+
+    def measure(number: int) -> tuple[bool, float]:
+        tried.append(number)
+        return number >= lowest, errors[lowest]
+
+    assert climb(errors, start, measure) == lowest
+    assert len(tried) <= 3
 
 
 def test_errors_are_those_of_the_groups_in_int8() -> None:
     rungs = ladder(GROUPS, "fp32", "onnx")
-    assert error(GROUPS, rungs[0]) == pytest.approx(sum(group["error"] for group in GROUPS))
-    last = [group["error"] for group in GROUPS if set(group["names"]) <= set(rungs[-1].int8)]
-    assert [error(GROUPS, rungs[-1])] == last
-    errors = [error(GROUPS, rung) for rung in rungs]
+    for rung in rungs:
+        inside = [group["error"] for group in GROUPS if set(group["names"]) <= set(rung.int8)]
+        assert rung.error == pytest.approx(sum(inside))
+    errors = [rung.error for rung in rungs]
     assert errors == sorted(errors, reverse=True)
+    assert [first(errors, error) for error in (9.0, errors[0], errors[1], errors[2] + 1e-6, 0.0)] == [0, 0, 1, 2, 3]
 
 
-def test_climb_of_no_rung() -> None:
-    assert climb(0, 0, lambda _: True) is None
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(0, 40))
-def test_climb_ends_on_a_rung_that_passes_whatever_the_verdicts(verdicts: list[bool], start: int) -> None:
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(0, 40), st.floats(0, 50))
+def test_climb_ends_on_a_rung_that_passes_whatever_the_verdicts(verdicts: list[bool], start: int, bears: float) -> None:
     """Even where a higher rung is worse, what is found has passed."""
-    found = climb(len(verdicts), start, lambda number: verdicts[number])
+    found = climb(falling(len(verdicts)), start, lambda number: (verdicts[number], bears))
     assert not verdicts[-1] or found is not None
     assert found is None or verdicts[found]
 
 
-@given(st.integers(1, 60), st.integers(0, 70))
-def test_lowest(count: int, first: int) -> None:
-    tried: list[int] = []
-
-    def passes(number: int) -> bool:
-        tried.append(number)
-        return number >= first
-
-    found = lowest(count, passes)
-    assert found == min(first, count - 1) or (found == count - 1 and first >= count - 1)
-    assert len(tried) == len(set(tried)) <= first // 2 + 3
+def check(name: str, figure: float, limit: float) -> Check:
+    return Check("answers", name, figure, limit, passed=True, worst="")
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=40))
-def test_lowest_passes_whatever_the_verdicts(verdicts: list[bool]) -> None:
-    found = lowest(len(verdicts), lambda number: verdicts[number])
-    assert verdicts[found] or not any(verdicts[::2])
+def test_error_that_a_budget_bears() -> None:
+    """A distance grows with the error: half of what is allowed bears twice of it. A share of texts grows with its root: four
+    times. The figure that allows the least decides, and one that lost nothing decides nothing."""
+    assert bearable([check("cosine", 0.99, 0.98)], 3.0) == pytest.approx(6.0)
+    assert bearable([check("kl", 0.01, 0.02)], 3.0) == pytest.approx(6.0)
+    assert bearable([check("neighbours", 0.975, 0.95)], 3.0) == pytest.approx(12.0)
+    assert bearable([check("drop", 0.04, 0.01)], 3.2) == pytest.approx(0.2)
+    assert bearable([check("cosine", 0.96, 0.98), check("argmax", 0.99, 0.95)], 3.0) == pytest.approx(1.5)
+    assert bearable([check("cosine", 0.99, 1.0)], 3.0) == 0.0
+    assert bearable([check("drop", -0.01, 0.01), check("argmax", 1.0, 0.95)], 3.0) == math.inf
