@@ -24,9 +24,8 @@ from compiler.workers import LOAD_THREADS, THREADS
 FASTER = 1.1
 # It is timed in turn with that one, so often; a machine that is busy gets a second and a third chance.
 ROUNDS, CHANCES = 9, 3
-# A prediction is made from so many lines of the text at most, and so many plans: the first with such a share of the error of
-# all layers, the next where that one's figures say that the budget ends. They say it well of what is not far.
-PREDICTION_LINES, PREDICTIONS, SHARE = 512, 2, 0.25
+# What is emulated has such a share of the error of all layers: figures say the most of plans that are not far.
+SHARE = 0.25
 
 
 def calibrate(
@@ -68,12 +67,11 @@ def predict(
     model: it says which plan to try first.
 
     Args:
-        lines, labels: the validation text, which the budget is for, and the numbers of its labels, where it has some. Of many,
-            some are used, from all over.
+        lines, labels: the validation text, which the budget is for, and the numbers of its labels, where it has some.
         rests: by format, the precision of what is not int8. The ladder is that of the first.
 
     Returns:
-        `bears`, the error, and `tried`: by layers that were left out, the figures.
+        `bears`, the error, and the `figures` with some layers left `out` that say so.
     """
     import torch
 
@@ -87,25 +85,16 @@ def predict(
     names = [name for group in groups for name in group["names"]]
     layers = load_layers(calibrated / calibration.LAYERS, names)
     emulation = calibration.Emulation(model.module, layers.by_name.values())
-    lines, labels = lines[:MAX_ACCURACY_LINES], None if labels is None else labels[:MAX_ACCURACY_LINES]
-    step = -(-len(lines) // PREDICTION_LINES)
-    texts = list(calibration.batches(model, with_masks(model, lines[::step])))
-    before = calibration.answer(model, texts, how)
-    tried: dict[str, dict[str, float]] = {}
+    texts = list(calibration.batches(model, with_masks(model, lines[:MAX_ACCURACY_LINES])))
     format, rest = next(iter(rests.items()))
     rungs = ladder(groups, rest, format)
-    errors = [rung.error for rung in rungs]
-    bears = SHARE * errors[0]
-    for _ in range(PREDICTIONS):
-        number = first(errors, bears)
-        with emulation.applied(rungs[number].int8):
-            found = figures(before, calibration.answer(model, texts, how), None if labels is None else labels[::step])
-        tried[", ".join(rungs[number].out)] = {name: round(figure, 6) for name, figure in found.items()}
-        checks = judge({"answers": {"figures": found, "worst": dict.fromkeys(found, "")}}, limits)
-        bears = min(bearable(checks, errors[number]), errors[0])
-        if first(errors, bears) == number:
-            break
-    return {"bears": bears, "tried": tried}
+    tried = rungs[first([rung.error for rung in rungs], SHARE * rungs[0].error)]
+    before = calibration.answer(model, texts, how)
+    with emulation.applied(tried.int8):
+        found = figures(before, calibration.answer(model, texts, how), labels)
+    checks = judge({"answers": {"figures": found, "worst": dict.fromkeys(found, "")}}, limits)
+    bears = min(bearable(checks, tried.error), rungs[0].error)
+    return {"bears": bears, "out": list(tried.out), "figures": {name: round(figure, 6) for name, figure in found.items()}}
 
 
 def rung(
