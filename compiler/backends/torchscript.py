@@ -28,7 +28,6 @@ FUSIONS = ("padding_free", "linear")
 # Why a layer of a plan is not in int8.
 JOINED = "it runs joined with layers of the same input, of which one is not in the plan or is quantized another way"
 UNKNOWN = "no linear layer of the file has its weights to itself"
-UNKNOWN_TABLE = "its rows are not looked up alone, or not in this model"
 # The earliest time that a ZIP archive can hold: the files of a release carry no time of their own.
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 # torch aligns the tensors in its archives so that they can be mapped into memory.
@@ -196,6 +195,7 @@ def quantize(out: Path, exported: Path, layers: Layers, rest: Precision) -> dict
     import torch
 
     from compiler.fusions.int8 import RECORD, record
+    from compiler.quantization.layers import NO_TABLE
 
     module: Any = torch.jit.load(str(exported / files(rest)[0]))
     about = json.loads(module.about)
@@ -215,7 +215,7 @@ def quantize(out: Path, exported: Path, layers: Layers, rest: Precision) -> dict
             tensors[scales] = torch.from_numpy(table.weight_scale[:, None]).to(tensors[place].dtype)
             tensors[place] = torch.from_numpy(table.weight)
             ran[table.name] = "embedding"
-    left |= {table.name: UNKNOWN_TABLE for table in layers.tables.values() if table.name not in ran}
+    left |= {table.name: NO_TABLE for table in layers.tables.values() if table.name not in ran}
     known = {digest for digests in about["digests"] for digest in digests}
     for name, layer in layers.by_name.items():
         if name not in ran:

@@ -22,13 +22,11 @@ import onnx_ir.passes.common
 from onnx_ir import Graph, Model, Node, Value
 
 from compiler.fusions.onnx_graph import MICROSOFT
-from compiler.quantization.layers import Layers, QuantizedLinear, digest
+from compiler.quantization.layers import NO_TABLE, Layers, QuantizedLinear, digest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ALL = slice(None)
 PRODUCT = "MatMulIntegerToFloat"
-# Why an embedding of a plan is not in int8.
-TABLE_LEFT = "its rows are not looked up alone, or not in this graph"
 # Of one row or of all alike: they leave `[1, tokens, width]` as it is.
 ROWWISE = ("LayerNormalization", "Gelu", "BiasGelu", "QuickGelu", "Relu", "Tanh", "QuantizeLinear", "Concat", PRODUCT)
 
@@ -50,7 +48,7 @@ def quantize(model: Model, layers: Layers) -> tuple[dict[str, str], dict[str, st
         _smooth_values(plan, attended, values)
     for value in list(model.graph.initializers.values()):
         _table(plan, value)
-    left |= {table.name: TABLE_LEFT for table in layers.tables.values() if table.name not in plan.done}
+    left |= {table.name: NO_TABLE for table in layers.tables.values() if table.name not in plan.done}
     model.graph.sort()  # a quantized input that several take may have been made for one behind another
     remove_unused(model)
     if plan.done:

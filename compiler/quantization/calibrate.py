@@ -4,7 +4,8 @@ All of it is measured on the eager original, once for all formats. A layer's num
 close: the input's channels are evened out (SmoothQuant, Xiao et al. 2022, with the exponent that does best), the few that
 are far wider than the others are given several times (as outlier channel splitting, Zhao et al. 2019, but finer with each
 time: see `layers`), and weights are rounded one column after the other, each taking over the error of those before (GPTQ,
-Frantar et al. 2022), against the inputs as they are once quantized. Padding is never seen: only real tokens count.
+Frantar et al. 2022), against the inputs as they are once quantized. Padding is never seen: only real tokens count. Ranges are
+those of whole texts and of short excerpts.
 
 What was tried and does not help: scales of each token's own, zero points of each channel's own, narrower ranges that cut
 what is beyond, least squares before GPTQ, and training the rounded weights against the original (four epochs: 4 % less
@@ -40,6 +41,8 @@ EXPONENTS = (0.0, 0.6, 0.8, 0.9, 1.0)
 WIDE, TIMES, WORTH = 8, 16, 0.6
 # What is added to the diagonal of GPTQ's Hessian, in units of its mean; columns that are rounded between two updates.
 DAMPING, BLOCK = 0.01, 128
+# Words of the longest excerpts.
+EXCERPT = 4
 # A layer with less than this share of the multiply-adds is not worth an error.
 LEAST_SHARE = 0.005
 # In bytes, as float32: smaller embeddings are not worth more operators.
@@ -96,7 +99,7 @@ def calibrate(
         embeddings; `left`: by layer's name, why it is no candidate.
     """
     module = model.module
-    groups, left = collect(module, list(batches(model, texts)))
+    groups, left = collect(module, list(batches(model, [*texts, *excerpts(texts)])))
     total = sum(_work(module, group) for group in groups)
     left |= {
         name: "it does too little of the work"
@@ -125,6 +128,21 @@ def calibrate(
             }
         )
     return {"groups": described, "tables": [table.name for table in embeddings], "left": left}
+
+
+def excerpts(texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """One to four words of each text, or of its last part.
+
+    Attention has means of the values of tokens as its results. Over few tokens they reach further than over many, and what is
+    beyond the range of all text that was seen is cut: a text of two words then has a wrong answer.
+    """
+    found = []
+    for number, (*before, last) in enumerate(texts):
+        words = last.split()
+        count = min(1 + number % EXCERPT, len(words))
+        start = number % (len(words) - count + 1)
+        found.append((*before, " ".join(words[start : start + count])))
+    return found
 
 
 def tables(module: torch.nn.Module, least: int = TABLE) -> list[QuantizedTable]:

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 
 from compiler.backends import onnx as backend
 from compiler.fusions import onnx_int8
-from compiler.quantization.layers import Layers, QuantizedLinear, digest
+from compiler.quantization.layers import NO_TABLE, Layers, QuantizedLinear, digest
 from compiler.stages.load import run_eager
 from compiler.types import Model, Target
 from tests.backends.conftest import export
@@ -230,7 +230,7 @@ def test_embeddings_by_the_row(tmp_path: Path, exported: Path, model: Model) -> 
     other = replace(tables[0], name="other", digest="0" * 64)
     known = backend.quantize(tmp_path, exported, Layers([], [*tables, other]), "fp32")
     assert known["int8"] == {table.name: "Gather" for table in tables}
-    assert known["left"] == {"other": onnx_int8.TABLE_LEFT}
+    assert known["left"] == {"other": NO_TABLE}
     kept = onnx_ir.load(tmp_path / FILE).graph.initializers
     assert not {f"{table.name}.weight" for table in tables} & set(kept)
     copied = replace(model, module=with_rows(model.module, tables))

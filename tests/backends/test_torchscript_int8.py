@@ -20,7 +20,7 @@ from torch.nn import functional
 from compiler.backends import torchscript
 from compiler.fusions import int8, linear
 from compiler.quantization import calibrate
-from compiler.quantization.layers import Layers, QuantizedLinear, digest
+from compiler.quantization.layers import NO_TABLE, Layers, QuantizedLinear, digest
 from compiler.types import Model, Precision, Target
 from tests.backends.conftest import export, load_checkpoint
 from tests.quantization.formula import formula, rows_of, widened, with_rows
@@ -197,7 +197,7 @@ def test_tied_weights_are_left(tmp_path: Path) -> None:
     assert tied not in {table.name for table in calibrate.tables(model.module, 1)}
     table = next(table for table in rows_of(model.module) if table.name == tied)
     known = torchscript.quantize(tmp_path, tmp_path / "out", Layers(layers, [table]), "fp32")
-    assert known["left"] == {"cls.predictions.decoder": torchscript.UNKNOWN, tied: torchscript.UNKNOWN_TABLE}
+    assert known["left"] == {"cls.predictions.decoder": torchscript.UNKNOWN, tied: NO_TABLE}
     assert known["int8"]["cls.predictions.transform.dense"] == "linear_gelu"
     outputs = torch.jit.load(tmp_path / INT8)(**dict(model.example))
     assert torch.isfinite(outputs["logits"]).all()

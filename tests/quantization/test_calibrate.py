@@ -15,7 +15,18 @@ import torch
 from compiler.accuracy import figures
 from compiler.plan import BUILTIN_TEXT
 from compiler.quantization import calibrate as calibration
-from compiler.quantization.calibrate import Emulation, Group, Text, answer, batches, collect, departure, gptq, quantize
+from compiler.quantization.calibrate import (
+    Emulation,
+    Group,
+    Quantizer,
+    Text,
+    answer,
+    batches,
+    collect,
+    departure,
+    gptq,
+    quantize,
+)
 from compiler.quantization.layers import Layers, digest, load
 from compiler.types import Model
 from tests.backends.conftest import load_checkpoint
@@ -92,6 +103,35 @@ def test_answers_are_in_the_order_of_their_texts(model: Model) -> None:
     for number in (0, 17, 39):
         alone = answer(model, list(batches(model, [given[number]])), MEAN)["embedding"][0]
         assert whole[number] == pytest.approx(alone, abs=1e-5)
+
+
+def test_excerpts() -> None:
+    given = [("a b c d e f",), ("why ?", "a b c d e f"), ("one",), ("a b c",), ("a b c d e f",), ("",)]
+    assert calibration.excerpts(given) == [("a",), ("why ?", "b c"), ("one",), ("a b c",), ("e",), ("",)]
+
+
+def test_short_texts_are_in_range(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention over a few tokens reaches further than over many. Layers that were calibrated on long texts cut little of it
+    off, and much without excerpts of these."""
+    long = [text for text in texts(400, 7) if len(text[0].split()) > 16]
+    alone = list(batches(model, [(word,) for word in sorted({word for text in long for word in text[0].split()})]))
+    found = collect(model.module, alone)[0]
+
+    def cut(folder: str) -> int:
+        (tmp_path / folder).mkdir()
+        known = calibration.calibrate(tmp_path / folder, model, long, texts(8, 8), MEAN, 8)
+        layers = load(tmp_path / folder / calibration.LAYERS, [name for group in known["groups"] for name in group["names"]])
+        total = 0
+        for group in found:
+            if group.names[0].endswith("attention.output.dense"):
+                quantizer = Quantizer.of(layers.by_name[group.names[0]])
+                steps = torch.cat(group.rows) * quantizer.smooth / quantizer.scale + quantizer.zero_point
+                total += int(((steps < -1) | (steps > 256)).sum())
+        return total
+
+    cuts = cut("with")
+    monkeypatch.setattr(calibration, "excerpts", lambda _: [])
+    assert 5 * cuts < cut("without")
 
 
 def padded(text: Text, more: int) -> Text:
