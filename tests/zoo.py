@@ -225,6 +225,7 @@ def save_tokenizer(folder: Path, architecture: Architecture) -> int:
     letters = sorted({letter for word in words for letter in word})
     common = [word for word, _ in sorted(Counter(words).items(), key=lambda item: (-item[1], item[0]))]
     pieces = list(dict.fromkeys([*names.values(), *letters, *(f"##{letter}" for letter in letters), *common]))[:VOCABULARY]
+    pieces += [f"[unused{number}]" for number in range(VOCABULARY - len(pieces))]
     tokenizer = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token=names["unk"]))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     cls, sep = names["cls"], names["sep"]
