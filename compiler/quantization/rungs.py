@@ -74,13 +74,19 @@ def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[
     return rungs
 
 
+def room(check: Check) -> tuple[float, float]:
+    """What a figure has lost, and what its limit allows it to lose."""
+    if check.name in AT_MOST:
+        return check.figure, check.limit
+    return 1 - check.figure, 1 - check.limit
+
+
 def bearable(checks: Iterable[Check], error: float) -> float:
     """The error that a budget bears, as the figures at an error let expect: distances between answers grow with it, and the
     share of texts whose answer changes with its root."""
     found = math.inf
     for check in checks:
-        falls = check.name not in AT_MOST
-        lost, allowed = (1 - check.figure, 1 - check.limit) if falls else (check.figure, check.limit)
+        lost, allowed = room(check)
         if lost > 0:
             share = max(allowed, 0.0) / lost
             found = min(found, error * (share if check.name in DISTANCES else share**2))
@@ -106,7 +112,11 @@ def climb(errors: Sequence[float], start: int, measure: Callable[[int], tuple[bo
     trials = 0
     while passed - failed > 1:
         passes, bears = measure(number)
-        failed, passed, trials = (failed, number, trials + 1) if passes else (number, passed, trials + 1)
+        trials += 1
+        if passes:
+            passed = number
+        else:
+            failed = number
         guess = first(errors, bears) if trials <= GUESSES else (failed + passed) // 2
         number = min(max(guess, failed + 1), passed - 1)
     return passed if passed < len(errors) else None

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from compiler.backends import BACKENDS
 from compiler.errors import ConfigError, NumericsError, StageError
 from compiler.numerics import judge
-from compiler.quantization.rungs import Rung, bearable, climb, first, ladder
+from compiler.quantization.rungs import Rung, bearable, climb, first, ladder, room
 from compiler.stages.load import REFERENCE, SAMPLES
 from compiler.stages.quantize import CHANCES, FASTER, faster, rung
 from compiler.store import Entry, Step
-from compiler.types import AT_MOST, Artifact, Check, Target
+from compiler.types import Artifact, Check, Target
 
 if TYPE_CHECKING:
     from compiler.build import Build
@@ -156,9 +156,8 @@ class _Trials:
 
 def _miss(check: Check) -> float:
     """By how much a figure misses its limit, in units of what the limit leaves to lose."""
-    difference = check.figure - check.limit if check.name in AT_MOST else check.limit - check.figure
-    room = check.limit if check.name in AT_MOST else 1 - check.limit
-    return difference / max(room, 1e-6)
+    lost, allowed = room(check)
+    return (lost - allowed) / max(allowed, 1e-6)
 
 
 def _text(check: Check) -> str:
