@@ -35,13 +35,18 @@ def attention(
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -1e30)
     keys = key.transpose(2, 3)
     step = max(1, most // max(1, heads * sequence * sequence))
+    if batch <= step:
+        scores = torch.matmul(query * scale, keys)
+        if mask is not None:
+            scores = scores.add_(mask)
+        return torch.matmul(torch.softmax(scores, -1), value)
     outputs: list[torch.Tensor] = []
-    for start in range(0, batch, step):
+    start = 0
+    while start < batch:  # a loop over a range would be unrolled, eight times, at each of its places in a file
         end = min(start + step, batch)
         scores = torch.matmul(query[start:end] * scale, keys[start:end])
         if mask is not None:
             scores = scores.add_(mask if mask.shape[0] == 1 else mask[start:end])
         outputs.append(torch.matmul(torch.softmax(scores, -1), value[start:end]))
-    if len(outputs) == 1:
-        return outputs[0]
-    return torch.cat(outputs) if len(outputs) > 0 else value
+        start = end
+    return torch.cat(outputs)

@@ -50,25 +50,12 @@ def quantize(x: torch.Tensor, record: list[torch.Tensor]) -> torch.Tensor:
     """`x` as uint8, with the repeated channels behind; as it is where the layer before has done so.
 
     Adding the half before the fraction is cut rounds as it should, since nothing below 0 is left. int16 comes between since
-    torch converts it to uint8 with vector instructions, which it does not do for float32 (6 times slower). A part of the rows
-    at a time keeps what comes between in the cache, and memory from being asked for anew. Of few rows the number of operators
-    is all that counts.
+    torch converts it to uint8 with vector instructions, which it does not do for float32 (6 times slower).
     """
     if x.dtype == torch.uint8:
         return x
     wide = x if record[7].numel() == 0 else torch.cat([x, x.index_select(-1, record[7])], -1)
-    width = wide.size(-1)
-    step = max(1, 131072 // max(1, width))
-    if wide.numel() <= step * width:
-        steps = torch.addcmul(record[2], wide.to(torch.float32), record[1]).clamp_(0.0, 255.0)
-        return steps.to(torch.int16).to(torch.uint8)
-    rows = wide.reshape(-1, width)
-    output = torch.empty(rows.size(), dtype=torch.uint8)
-    for start in range(0, rows.size(0), step):
-        end = min(start + step, rows.size(0))
-        steps = torch.addcmul(record[2], rows[start:end].to(torch.float32), record[1]).clamp_(0.0, 255.0)
-        output[start:end].copy_(steps.to(torch.int16))
-    return output.reshape(wide.size())
+    return torch.addcmul(record[2], wide, record[1]).clamp_(0.0, 255.0).to(torch.int16).to(torch.uint8)
 
 
 @torch.jit.script
