@@ -16,9 +16,8 @@ from compiler.types import AT_MOST, Check
 #: The work of a multiply-add, in units of one in int8.
 COST: Mapping[str, int] = {"int8": 1, "bf16": 2, "fp32": 4}
 #: That of making an input's number uint8, in the same unit: nearly free where the operator before does it, in OpenVINO.
-#: Measured with 384 and 1,536 channels on a CPU with VNNI, of 1,024 rows, and of 128 in TorchScript, which does it by several
-#: operators; it orders plans, so it need not be exact.
-QUANTIZING: Mapping[str, int] = {"onnx": 80, "openvino": 40, "torchscript": 300}
+#: Measured with 1,024 rows of 384 and 1,536 channels on a CPU with VNNI; it orders plans, so it need not be exact.
+QUANTIZING: Mapping[str, int] = {"onnx": 80, "openvino": 40, "torchscript": 190}
 
 #: Figures of an answer's distance to the original's; the others are shares of texts.
 DISTANCES = ("cosine", "rank", "kl")

@@ -47,7 +47,7 @@ def test_static_cost(rest: str, format: str) -> None:
 def test_a_narrow_layer_is_worth_less() -> None:
     """Of two that cost as much accuracy for their work, the one whose input is quantized for fewer results leaves first; one
     that would be slower is not in int8 at all."""
-    narrow, none = {**GROUPS[1], "names": ["e"], "outputs": 500}, {**GROUPS[1], "names": ["f"], "outputs": 200, "error": 0.0}
+    narrow, none = {**GROUPS[1], "names": ["e"], "outputs": 250}, {**GROUPS[1], "names": ["f"], "outputs": 100, "error": 0.0}
     rungs = ladder([*GROUPS, narrow, none], "bf16", "torchscript")
     assert [rung.out for rung in rungs[:3]] == [("f",), ("e", "f"), ("b", "e", "f")]
     assert ladder([none], "bf16", "torchscript")[0].int8 == ("f",)  # as long as there is another
