@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-NAMESPACE = "padding_free"
+from compiler.fusions.padding_free import NAMESPACE
+
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _LIBRARY.define("pack(Tensor values, Tensor mask) -> Tensor")
 _LIBRARY.define("unpack(Tensor hidden, Tensor mask) -> Tensor")

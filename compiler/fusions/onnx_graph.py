@@ -17,8 +17,7 @@ import onnx_ir
 import onnx_ir.passes.common
 from onnx_ir import Graph, Model, Node, Value
 
-from compiler.fusions.markers import NAMESPACE
-from compiler.fusions.padding_free import GROUPS
+from compiler.fusions.padding_free import GROUPS, NAMESPACE
 
 MICROSOFT = "com.microsoft"
 # What a query adds to the score of a key that it must not see; its softmax is 0, and a sum with another one is finite.

@@ -7,15 +7,16 @@ are written so that they do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino.opset14 as ops
 from openvino import Model, Node, Output
-from openvino.frontend.pytorch import ConversionExtension
 
-from compiler.fusions.markers import NAMESPACE
-from compiler.fusions.padding_free import GROUPS
+from compiler.fusions.padding_free import GROUPS, NAMESPACE
+
+if TYPE_CHECKING:
+    from openvino.frontend.pytorch import ConversionExtension
 
 # What a query adds to the score of a key that it must not see.
 HIDDEN = np.float32(-1e30)
@@ -35,6 +36,8 @@ class Lowering:
         self._everywhere: dict[int, Node] = {}
 
     def extensions(self) -> list[ConversionExtension]:
+        from openvino.frontend.pytorch import ConversionExtension  # brings torch, which int8 files are made without
+
         return [
             ConversionExtension(f"{NAMESPACE}.{name}.default", convert)
             for name, convert in (

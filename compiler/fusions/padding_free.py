@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "compiler_padding_free"
+# Of the operators that stand for it in a graph that is traced: see `markers`.
+NAMESPACE = "padding_free"
 # Groups of sequences that attention pads to their own longest. More leave less padding, and make the matrices smaller.
 GROUPS = 6
 # The rewritten model answers as the original to within this, in units of the output's scale; beyond, it is declined.

@@ -25,11 +25,10 @@ import numpy as np
 import torch
 
 from compiler.accuracy import Answers, answers
-from compiler.quantization.layers import QuantizedLinear, QuantizedTable, digest, save
+from compiler.quantization.layers import LAYERS, QuantizedLinear, QuantizedTable, digest, save
 from compiler.samples import masked_places, together
 from compiler.types import Model
 
-LAYERS = "layers.safetensors"
 # Texts are run in batches of so many, the short ones together.
 BATCH = 16
 # Rows of an input that are kept to round weights against, all layers together at most so many bytes.

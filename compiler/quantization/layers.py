@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
+# What a calibration's layers and tables are in.
+LAYERS = "layers.safetensors"
 # Why an embedding of a plan is not in int8 in some file.
 NO_TABLE = "its rows are not looked up alone, or not in this file"
 

@@ -27,7 +27,7 @@ from compiler.quantization.calibrate import (
     gptq,
     quantize,
 )
-from compiler.quantization.layers import Layers, digest, load
+from compiler.quantization.layers import LAYERS, Layers, digest, load
 from compiler.types import Model
 from tests.backends.conftest import load_checkpoint
 from tests.quantization.formula import formula, widened
@@ -50,7 +50,7 @@ def model(bert: Path) -> Model:
 def calibrated(tmp_path_factory: pytest.TempPathFactory, model: Model) -> tuple[dict[str, Any], Layers]:
     out = tmp_path_factory.mktemp("calibrated")
     known = calibration.calibrate(out, model, texts(64, 1), texts(48, 2), MEAN, 8)
-    return known, load(out / calibration.LAYERS, [name for group in known["groups"] for name in group["names"]])
+    return known, load(out / LAYERS, [name for group in known["groups"] for name in group["names"]])
 
 
 def linears(model: Model) -> dict[str, torch.nn.Linear]:
@@ -120,7 +120,7 @@ def test_short_texts_are_in_range(model: Model, tmp_path: Path, monkeypatch: pyt
     def cut(folder: str) -> int:
         (tmp_path / folder).mkdir()
         known = calibration.calibrate(tmp_path / folder, model, long, texts(8, 8), MEAN, 8)
-        layers = load(tmp_path / folder / calibration.LAYERS, [name for group in known["groups"] for name in group["names"]])
+        layers = load(tmp_path / folder / LAYERS, [name for group in known["groups"] for name in group["names"]])
         total = 0
         for group in found:
             if group.names[0].endswith("attention.output.dense"):
