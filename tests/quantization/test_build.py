@@ -21,6 +21,7 @@ from compiler.manifest import MANIFEST
 from compiler.plan import BUILTIN_TEXT
 from compiler.quantization import search
 from compiler.quantization.calibrate import TABLE
+from compiler.quantization.rungs import ladder
 from compiler.spine import build_model, plan_model
 from compiler.store import Store
 from compiler.types import Artifact, Event
@@ -101,6 +102,24 @@ def test_a_plan_of_the_users_own(
     assert str(caught.value).startswith(
         "tiny 1.0.1: quantize.plan.openvino: encoder.layer.9 is no layer that can be int8; there are "
     )
+
+
+def test_where_a_search_starts(tmp_path: Path, bert: Path, context: tuple[Context, list[Event]]) -> None:
+    """At the mean of what two emulated plans let expect, each by the figures that it is told with."""
+    budget = {"cosine": 0.999, "neighbours": 0.9, "rank": 0}
+    plan = plan_model(read(pipeline(tmp_path, bert, budget={"int8": budget})).models[0], tmp_path)
+    build = Build(plan, context[0])
+    build.log.parent.mkdir(parents=True)
+    found = build.predict().info
+    rungs = {rung.out: rung.error for rung in ladder(build.calibrate().info["groups"], "fp32", "openvino")}
+    expected = []
+    for tried in found["tried"]:
+        error = rungs[tuple(tried["out"])]
+        lost = {name: 1 - figure for name, figure in tried["figures"].items()}
+        shares = [0.001 / lost["cosine"], (0.1 / lost["neighbours"]) ** 2 if lost["neighbours"] else 1e9]
+        expected.append(min(error * min(shares), max(rungs.values())))
+    assert len(expected) == 2
+    assert found["bears"] == pytest.approx(np.sqrt(expected[0] * expected[1]), rel=0.02)
 
 
 def test_int8_that_is_not_faster(
