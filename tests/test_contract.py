@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from compiler.backends import BACKENDS
@@ -21,7 +22,7 @@ from compiler.plan import read_texts
 from compiler.stages.load import REFERENCE, SAMPLES, reference
 from compiler.stages.validate import validate
 from compiler.tasks import TASKS
-from compiler.types import Target
+from compiler.types import Runner, Target
 from tests.exports import Exports, shared
 from tests.zoo import ALL, IMAGES, SOUNDS, ZOO
 
@@ -69,6 +70,34 @@ def test_artifact_answers_as_the_original(prepared: Prepared, format: str, preci
     if table := os.environ.get("COMPILE_TABLE"):  # `python -m tests.table` makes a table of it
         with open(table, "a", encoding="utf-8") as stream:
             stream.write(f"{prepared.task}\t{prepared.name}\t{format} {precision}\n")
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
+@pytest.mark.parametrize(("format", "precision"), PRECISIONS, ids=["-".join(pair) for pair in PRECISIONS])
+@pytest.mark.parametrize(
+    "first", [(1, 1, 0), (2, 1, 0), (3, 16, 15)], ids=["one token", "two of one token", "padded to one token"]
+)
+def test_no_answer_depends_on_the_batch_before(
+    exports: Callable[..., Exports], architecture: str, format: str, precision: str, first: tuple[int, int, int]
+) -> None:
+    """Runtimes compile for the shapes that they meet first, and some of that stays."""
+    out, artifact = exports(architecture).export(Target(format, precision))  # type: ignore[arg-type]
+
+    def fresh() -> Runner:
+        return BACKENDS[format].open(out, artifact, 1)
+
+    def batch(count: int, length: int, padding: int) -> dict[str, Any]:
+        ids = np.random.default_rng(length).integers(5, 200, (count, length))
+        mask = np.ones_like(ids)
+        mask[1:, length - padding :] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return inputs | ({"token_type_ids": np.zeros_like(ids)} if architecture == "bert" else {})
+
+    opened = fresh()
+    for shape in (first, (1, 20, 0), (3, 17, 6)):
+        answers, expected = opened(batch(*shape)), fresh()(batch(*shape))
+        for name, values in expected.items():
+            assert np.abs(answers[name] - values).max() < 1e-5
 
 
 def test_every_promise_is_covered() -> None:

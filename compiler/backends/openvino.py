@@ -330,18 +330,11 @@ def open(root: Path, artifact: Artifact, threads: int | None) -> Runner:
     request = compiled.create_infer_request()
     wanted = [port.get_any_name() for port in compiled.inputs]
     outputs = [output.get_any_name() for output in compiled.outputs]
-    fresh = True
 
     def run(inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         if missing := [name for name in wanted if name not in inputs]:
             # A request would take what it was given the last time, or nothing, and answer that.
             raise ValueError(f"no {', '.join(missing)} is given; the model wants {', '.join(wanted)}")
-        nonlocal fresh
-        if fresh and "input_ids" in inputs and inputs["input_ids"].shape[1] == 1:
-            # Attention that OpenVINO 2026.4 has compiled for one token first is wrong for more from then on.
-            texts = ("input_ids", "attention_mask", "token_type_ids")
-            request.infer({name: value.repeat(2, axis=1) if name in texts else value for name, value in inputs.items()})
-        fresh = False
         result = request.infer(dict(inputs))
         return {name: result[index].copy() for index, name in enumerate(outputs)}
 

@@ -165,8 +165,8 @@ class _Layout:
 
 
 def join(dense: Model, packed: Model) -> Model:
-    """One model that runs `packed` where the mask has padding and `dense` where it has none. Both have the same inputs, and
-    the same outputs in the same order, which keep the names that they have in `dense`.
+    """One model that runs `packed` where the mask has padding, and where texts have one token each, and `dense` elsewhere.
+    Both have the same inputs, and the same outputs in the same order, which keep the names that they have in `dense`.
 
     The constants of both stand in the file once: OpenVINO's writer looks for equal ones.
     """
@@ -175,8 +175,13 @@ def join(dense: Model, packed: Model) -> Model:
         name = port.get_any_name()
         parameters[name] = ops.parameter([-1, -1], np.int64, name)
         parameters[name].output(0).get_tensor().set_names({name})
-    real = ops.convert(ops.not_equal(parameters["attention_mask"], _int(0)), "i32")
-    choice = ops.if_op(ops.equal(ops.reduce_min(real, _ints(0, 1), False), ops.constant(np.int32(0))).output(0))
+    mask = parameters["attention_mask"]
+    real = ops.convert(ops.not_equal(mask, _int(0)), "i32")
+    padded = ops.equal(ops.reduce_min(real, _ints(0, 1), False), ops.constant(np.int32(0)))
+    # Attention without a mask that the CPU plugin of OpenVINO 2026.4 has compiled for one token a text is wrong from then on
+    # for longer ones. That with a mask is not.
+    single = ops.equal(ops.gather(ops.shape_of(mask), _int(1), _int(0)), _int(1))
+    choice = ops.if_op(ops.logical_or(padded, single).output(0))
     choice.set_then_body(packed)
     choice.set_else_body(dense)
     for name, parameter in parameters.items():

@@ -152,17 +152,3 @@ def test_other_divisions_stay(by: list[float]) -> None:
     quotient = ops.divide(ops.convert(x, "f32"), np.array(by, dtype=np.float32))
     model = openvino.Model([ops.result(ops.convert(ops.floor(quotient), "i64"))], [x])
     assert backend._divide_in_integers(model) == 0
-
-
-@pytest.mark.parametrize("first", [1, 2])
-def test_one_token_first(model: Model, tmp_path: Path, first: int) -> None:
-    """A batch of one token each, before any other, changes no answer behind it."""
-    export(backend, tmp_path, model, Target("openvino", "fp32"))
-    names = ("openvino/openvino_model.xml", "openvino/openvino_model.bin")
-    artifact = Artifact("openvino", "fp32", tuple(File(name, "", 0) for name in names), backend.runtime("fp32"), "")
-    run = backend.open(tmp_path, artifact, 1)
-    for count, length in ((first, 1), (1, 40), (3, 17), (2, 1)):
-        ids = np.random.default_rng(length).integers(5, 200, (count, length))
-        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        expected = run_eager(model, inputs)["last_hidden_state"]
-        assert np.abs(run(inputs)["last_hidden_state"] - expected).max() < 1e-4
