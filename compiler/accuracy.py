@@ -13,13 +13,19 @@ import numpy as np
 
 from compiler.metrics import spearman
 from compiler.numerics import Array, Case, cosine
+from compiler.types import LEAST_TEXTS, Model
 
-# Fewer texts than this say nothing of which of them are neighbours.
-LEAST_TEXTS = 16
 # The longest answer, in tokens, of a question; as SQuAD's evaluation of BERT has it.
 MAX_SPAN = 30
 
 Answers = Mapping[str, Array]
+# Rows of logits that are looked at together: a vocabulary may have hundreds of thousands.
+ROWS = 64
+# What is one nearest text as well as another: two cosines that only rounding tells apart.
+TIE = 1e-6
+# A classifier of one label of several, and what others' answers are called.
+CHOICE = "single_label_classification"
+KINDS = {"regression": "scores", "multi_label_classification": "labels"}
 # What the names of answers start with among references.
 ANSWER = "answer."
 
@@ -34,26 +40,43 @@ class Answering:
     def add(self, case: Case, outputs: Mapping[str, Array]) -> None:
         """The answers of one more batch."""
         masked = case.inputs["input_ids"] == self.how["mask_token"] if self.how["task"] == "fill-mask" else None
-        self._parts.append(answers(self.how["task"], outputs, case.mask, self.how["pooling"], masked))
+        how = self.how
+        self._parts.append(answers(how["task"], outputs, case.mask, how["pooling"], masked, how["problem"]))
 
     def stacked(self) -> dict[str, Array]:
         """All of them, by name; empty when there was none."""
         return {name: np.concatenate([part[name] for part in self._parts]) for name in (self._parts or [{}])[0]}
 
 
+def problem(model: Model) -> str:
+    """What a text classifier's logits are, as transformers has it: `regression` (one number a text),
+    `multi_label_classification` (each label by itself), or else `single_label_classification`."""
+    config: Any = model.module.config
+    if model.task != "text-classification":
+        return CHOICE
+    return config.problem_type or ("regression" if config.num_labels == 1 else CHOICE)
+
+
 def answers(
-    task: str, outputs: Mapping[str, Array], mask: Array, pooling: Mapping[str, Any], places: Array | None = None
+    task: str,
+    outputs: Mapping[str, Array],
+    mask: Array,
+    pooling: Mapping[str, Any],
+    places: Array | None = None,
+    problem: str = CHOICE,
 ) -> dict[str, Array]:
-    """The answers of a batch, float64, by name.
+    """The answers of a batch by name; embeddings as float64.
 
     Args:
         outputs: the model's, as arrays.
         mask: True at real tokens, `[batch, sequence]`.
         pooling: for feature-extraction, `mode` (`mean`, `cls`, `max` or `lasttoken`) of tokens into a text's vector.
         places: for fill-mask, True at the masked tokens, `[batch, sequence]`.
+        problem: for text-classification, as the function of that name has it.
 
     Returns:
-        feature-extraction: `embedding` `[batch, hidden]`, of length 1; text-classification: `logits` `[batch, labels]`;
+        feature-extraction: `embedding` `[batch, hidden]`, of length 1; text-classification: `logits` `[batch, labels]`, called
+        `scores` where they are numbers or `labels` where each is for itself; multiple-choice: `logits` `[batch, choices]`;
         token-classification and fill-mask: `logits` `[tokens, labels]` of the real, or masked, tokens;
         question-answering: `span` `[batch, 2]`, the tokens where the best answer starts and ends.
     """
@@ -61,10 +84,10 @@ def answers(
         return {"embedding": embed(outputs["last_hidden_state"], mask, pooling)}
     if task == "question-answering":
         return {"span": spans(outputs["start_logits"], outputs["end_logits"], mask)}
-    logits = np.asarray(outputs["logits"], dtype=np.float64)
+    logits = np.asarray(outputs["logits"])
     if logits.shape[:2] == mask.shape and logits.ndim == 3:
         return {"logits": logits[mask if places is None else places & mask]}
-    return {"logits": logits.reshape(len(logits), -1)}
+    return {KINDS.get(problem, "logits"): logits.reshape(len(logits), -1)}
 
 
 def embed(tokens: Array, mask: Array, pooling: Mapping[str, Any]) -> Array:
@@ -105,10 +128,11 @@ def figures(reference: Answers, actual: Answers, labels: Sequence[int] | None = 
     """How far answers, stacked over all texts, are from the original's.
 
     `cosine`: the smallest of a text's two embeddings. `neighbours`: the share of texts whose nearest other text, among the
-    artifact's own embeddings, is the one it was. `rank`: Spearman's correlation of the similarities of all pairs of texts.
-    `argmax`: the share of rows of logits with the same largest element. `kl`: the mean of KL(original || artifact) of their
-    softmax, nats (of a single logit, of its sigmoid). `spans`: the share of answers with the same start and end. `drop`:
-    with `labels`, by how much the accuracy fell (0.01 is a point; negative when it rose).
+    artifact's own embeddings, is the one it was, or as near as that one was. `rank`: Spearman's correlation of the
+    similarities of all pairs of texts; of scores, of the texts' own. `argmax`: the share of rows of logits with the same
+    largest element; where each label is for itself, with the same labels above 1/2. `kl`: the mean of KL(original ||
+    artifact) of their softmax, nats; where each label is for itself, the sum over them. `spans`: the share of answers with
+    the same start and end. `drop`: with `labels`, by how much the accuracy fell (0.01 is a point; negative when it rose).
     An answer that is not finite makes every figure the worst possible.
     """
     found: dict[str, float] = {}
@@ -116,25 +140,33 @@ def figures(reference: Answers, actual: Answers, labels: Sequence[int] | None = 
         names = {
             "embedding": {"cosine": -1.0, "neighbours": 0.0, "rank": -1.0},
             "logits": {"argmax": 0.0, "kl": 1e308, "drop": 1.0},
+            "labels": {"argmax": 0.0, "kl": 1e308},
+            "scores": {"rank": -1.0},
         }
         return {name: worst for kind in actual for name, worst in names.get(kind, {"spans": 0.0}).items()}
     if "embedding" in reference:
         before, after = reference["embedding"], actual["embedding"]
         found["cosine"] = float(cosine(before, after).min())
         if len(before) >= LEAST_TEXTS:
-            found["neighbours"] = float((nearest(before) == nearest(after)).mean())
+            found["neighbours"] = _as_near(before, nearest(after))
             upper = np.triu_indices(len(before), 1)
             found["rank"] = spearman((before @ before.T)[upper], (after @ after.T)[upper])
     if "logits" in reference:
         before, after = reference["logits"], actual["logits"]
-        choices = [_choice(before), _choice(after)]
+        choices = [before.argmax(axis=1), after.argmax(axis=1)]
         found["argmax"] = float((choices[0] == choices[1]).mean())
-        logs = [_log_probabilities(before), _log_probabilities(after)]
-        found["kl"] = float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1).mean())
+        found["kl"] = _kl(before, after)
         if labels is not None:
             right = [float((choice == np.asarray(labels)).mean()) for choice in choices]
             found["accuracy"] = right[1]
             found["drop"] = right[0] - right[1]
+    if "labels" in reference:
+        before, after = reference["labels"], actual["labels"]
+        found["argmax"] = float(((before > 0) == (after > 0)).all(axis=1).mean())
+        pairs = [np.stack([np.zeros_like(values), values], axis=-1).reshape(-1, 2) for values in (before, after)]
+        found["kl"] = _kl(*pairs) * before.shape[1]
+    if "scores" in reference and len(reference["scores"]) >= LEAST_TEXTS:
+        found["rank"] = min(map(spearman, reference["scores"].T, actual["scores"].T))
     if "span" in reference:
         found["spans"] = float((reference["span"] == actual["span"]).all(axis=1).mean())
     return found
@@ -148,14 +180,22 @@ def nearest(embeddings: Array) -> Array:
     return found
 
 
-def _choice(logits: Array) -> Array:
-    """The label of each row: the largest logit; of a single one, whether it is positive."""
-    choice: Array = logits.argmax(axis=1) if logits.shape[1] > 1 else (logits[:, 0] > 0).astype(np.int64)
-    return choice
+def _as_near(embeddings: Array, chosen: Array) -> float:
+    """The share of rows of which the chosen other row is the nearest, or as near as that."""
+    similarity = embeddings @ embeddings.T
+    np.fill_diagonal(similarity, -np.inf)
+    return float((similarity[np.arange(len(chosen)), chosen] >= similarity.max(axis=1) - TIE).mean())
+
+
+def _kl(before: Array, after: Array) -> float:
+    total = 0.0
+    for start in range(0, len(before), ROWS):
+        logs = [_log_probabilities(values[start : start + ROWS].astype(np.float64)) for values in (before, after)]
+        total += float((np.exp(logs[0]) * (logs[0] - logs[1])).sum())
+    return total / len(before)
 
 
 def _log_probabilities(logits: Array) -> Array:
-    wide = logits if logits.shape[1] > 1 else np.concatenate([np.zeros_like(logits), logits], axis=1)
-    shifted = wide - wide.max(axis=1, keepdims=True)
+    shifted = logits - logits.max(axis=1, keepdims=True)
     result: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result

@@ -52,12 +52,13 @@ def bom(manifest: Manifest, validation: Mapping[str, Any]) -> bytes:
         ),
     )
     checkpoint = Component(**origin, bom_ref="checkpoint", components=[_file(file, "checkpoint") for file in source.files])
-    data = Component(
-        name=validation["data"]["name"],
-        type=ComponentType.DATA,
-        bom_ref="data validation",
-        hashes=_hashes(validation["data"]["sha256"]),
-    )
+    texts = {"validation": validation["data"]}
+    if "calibration" in validation:
+        texts["calibration"] = validation["calibration"]
+    data = [
+        Component(name=text["name"], type=ComponentType.DATA, bom_ref=f"data {use}", hashes=_hashes(text["sha256"]))
+        for use, text in texts.items()
+    ]
     packages = [_package(name, version) for name, version in manifest.libraries.items()]
     runtime = Component(name="python", version=manifest.python, type=ComponentType.PLATFORM, bom_ref="python")
     files = [_file(file, "release") for file in manifest.files]
@@ -66,7 +67,7 @@ def bom(manifest: Manifest, validation: Mapping[str, Any]) -> bytes:
         for artifact in manifest.artifacts
         for file in artifact.files
     ]
-    shaping = [checkpoint, data, runtime, *packages]
+    shaping = [checkpoint, *data, runtime, *packages]
     made = Bom(
         metadata=BomMetaData(component=model, tools=ToolRepository(components=[_package(DISTRIBUTION, manifest.compiler)])),
         components=[*files, *shaping],
@@ -77,8 +78,9 @@ def bom(manifest: Manifest, validation: Mapping[str, Any]) -> bytes:
     del document["metadata"]["timestamp"], document["serialNumber"]
     # What the format has and the library has no classes for.
     document["metadata"]["component"]["modelCard"] = _card(manifest, validation)
-    described = next(component for component in document["components"] if component["bom-ref"] == "data validation")
-    described["data"] = [{"type": "dataset", "name": data.name}]
+    for described in document["components"]:
+        if described["bom-ref"].startswith("data "):
+            described["data"] = [{"type": "dataset", "name": described["name"]}]
     # As RFC 4122 has it for a name in a name space: the same content has the same number.
     number = uuid.uuid5(uuid.NAMESPACE_URL, f"pkg:pypi/{DISTRIBUTION}#{digest(document)}")
     return canonical({**document, "serialNumber": f"urn:uuid:{number}"})

@@ -22,17 +22,19 @@ import compiler
 from compiler import cpu, workers
 from compiler.backends import BACKENDS
 from compiler.blame import blame
-from compiler.errors import CompileError, NumericsError, ReleaseError, StageError
+from compiler.config import Limits
+from compiler.errors import CompileError, ConfigError, NumericsError, ReleaseError, SlowError, StageError
 from compiler.hashing import canonical
 from compiler.manifest import MANIFEST, Made, Manifest, Source, differences, from_bytes
 from compiler.numerics import judge
 from compiler.plan import Plan, why
 from compiler.quantization.search import search
+from compiler.samples import MAX_ACCURACY_LINES
 from compiler.stages.export import export
 from compiler.stages.load import REFERENCE, SAMPLES, reference
 from compiler.stages.optimize import check_fusions
 from compiler.stages.package import package
-from compiler.stages.quantize import calibrate, predict
+from compiler.stages.quantize import FASTER, calibrate, predict
 from compiler.stages.validate import validate
 from compiler.store import Entry, Step, Store, remove, scratch, sweep, write_file, writing
 from compiler.types import Artifact, Event, File, Report, Signature, Target
@@ -148,10 +150,6 @@ class Build:
         `package`, which hashes what it copies, raises DamagedError."""
         store = self.context.store
         found = {step.key: store.look(step, hashed=False) for step in self.plan.steps if step is not self.plan.package}
-        for target, step in self.plan.validates.items():
-            made = found[self.plan.exports[target].key]
-            if made is not None and "refused" in made.info:  # then there is nothing to validate
-                del found[step.key]
         self._recalled = {key: entry for key, entry in found.items() if entry is not None}
         if not self.context.use_cache or len(self._recalled) < len(found):
             self._recalled = {}
@@ -176,7 +174,7 @@ class Build:
                 shapes.batch,
                 shapes.sequence,
                 self._load_options,
-                plan.texts.labels if plan.task == "text-classification" else None,
+                plan.texts.labels,
                 plan.calibrate is not None,
             ),
         )
@@ -203,7 +201,14 @@ class Build:
     def export(self, target: Target) -> Entry:
         """A target's files; those that it is made from come first."""
         if target.precision == "int8":
-            return self._make(self.plan.exports[target], lambda out: search(self, target, out))
+            try:
+                return self._make(self.plan.exports[target], lambda out: search(self, target, out))
+            except SlowError:
+                if not self.plan.spec.quantize.fallback:
+                    raise
+                # How fast it was here belongs to no release, and no cache: another time it may be faster.
+                refused = f"int8 is not {FASTER:g} times as fast as {self.plan.rest_of(target)} where this was built"
+                return Entry(Path(), "", (), {"refused": refused})
         source = self.plan.source_of(target)
         origin = None if source is None else self.export(source).root
         arguments = (target, self.plan.snapshot, self.plan.task, self._load_options, origin)
@@ -222,27 +227,41 @@ class Build:
         if "refused" in exported.info:
             self._refused[str(target)] = exported.info["refused"]
             return None
-        artifact = self.artifact(target, exported.files, exported.info, exported.key)
+        artifact = self.artifact(target, exported)
         arguments = (exported.root, artifact, loaded.root / SAMPLES, loaded.root / REFERENCE, loaded.info)
         try:
             measured = self._make(self.plan.validates[target], lambda out: {"outputs": self.run(validate, *arguments)})
         except NumericsError as error:
             self._keep(artifact, exported, {"error": str(error)})
             raise
-        figures = measured.info["outputs"]
-        checks = judge(figures, self.plan.spec.budget.limits(target.precision))
-        return Candidate(artifact, exported, figures, Report(target.format, target.precision, checks))
+        return self.judged(artifact, exported, measured.info["outputs"])
 
-    def artifact(self, target: Target, files: Sequence[File], info: Mapping[str, Any], key: str) -> Artifact:
-        """What the manifest says of a target's files. `info` is what the backend returned of them."""
-        backend = BACKENDS[target.format]
+    def judged(self, artifact: Artifact, entry: Entry, figures: Mapping[str, Any]) -> Candidate:
+        """An artifact with its figures and the verdict on them. Raises ConfigError as `check_limits` does."""
+        self.check_limits(f"{artifact.format} {artifact.precision}", artifact.precision, figures)
+        checks = judge(figures, self.plan.spec.budget.limits(artifact.precision))
+        return Candidate(artifact, entry, figures, Report(artifact.format, artifact.precision, checks))
+
+    def check_limits(self, target: str, precision: str, figures: Mapping[str, Any]) -> None:
+        """Raise ConfigError for a limit in pipeline.yaml of what there is no figure of: nobody would hold it."""
+        own: Limits = getattr(self.plan.spec.budget, precision)
+        there = {name: None for result in figures.values() for name in result["figures"] if name in Limits.model_fields}
+        if missing := [name for name in own.model_dump(exclude_none=True) if name not in there]:
+            raise ConfigError(
+                f"{self.plan.spec}: budget.{precision}.{missing[0]}: {target} has no such figure with this task and this "
+                f"validation text; it has {', '.join(there)}"
+            )
+
+    def artifact(self, target: Target, entry: Entry) -> Artifact:
+        """What the manifest says of a target's files, which are an entry's."""
+        backend, info = BACKENDS[target.format], entry.info
         source = self.plan.source_of(target)
         return Artifact(
             format=target.format,
             precision=target.precision,
-            files=_in_order(files, backend.files(target.precision)),
+            files=_in_order(entry.files, backend.files(target.precision)),
             runtime=backend.runtime(self.plan.rest_of(target)),
-            key=key,
+            key=entry.key,
             opset=info["opset"],
             fusions=info["fusions"],
             declined=info["declined"] if source is None else self.export(source).info["declined"],
@@ -282,11 +301,7 @@ class Build:
             reasons = "; ".join(f"{target}: {reason}" for target, reason in sorted(self._refused.items()))
             raise StageError(f"{self.plan.spec}: no target is left to release ({reasons}); add another one to targets:")
         failed = [candidate for candidate in made if not candidate.report.passed]
-        verdicts = []
-        for candidate in failed:
-            verdict, layers = self._blame(loaded, candidate)
-            verdicts.append(verdict)
-            self._keep(candidate.artifact, candidate.entry, {"outputs": candidate.figures, "blame": layers})
+        verdicts = [self.reject(loaded, candidate) for candidate in failed]
         if failed:
             first = failed[0]
             check = next(check for check in first.report.checks if not check.passed)
@@ -298,6 +313,12 @@ class Build:
                 f"{self.folder / 'failed'}; leave that target out, or widen budget: if you accept it",
                 tuple(candidate.report for candidate in made),
             )
+
+    def reject(self, loaded: Entry, candidate: Candidate) -> str:
+        """Keep what failed beside its figures and the table of its layers; half a sentence on the first that departs."""
+        verdict, layers = self._blame(loaded, candidate)
+        self._keep(candidate.artifact, candidate.entry, {"outputs": candidate.figures, "blame": layers})
+        return verdict
 
     def _blame(self, loaded: Entry, candidate: Candidate) -> tuple[str, Mapping[str, Any]]:
         """Half a sentence on the first layer of a failing artifact that departs, and what was seen of its layers. What keeps
@@ -349,6 +370,7 @@ class Build:
                 "name": plan.texts.name,
                 "sha256": plan.texts.sha256,
                 "lines": len(plan.texts.lines),
+                **({"answered": min(len(plan.texts.lines), MAX_ACCURACY_LINES)} if plan.calibrate is not None else {}),
                 **({"files": dict(plan.texts.files)} if plan.texts.files else {}),
                 **({"note": loaded.info["note"]} if loaded.info["note"] else {}),
             },
@@ -438,7 +460,9 @@ class Build:
             else:
                 entry, cached = self.context.store.get_or_make(step, make, use_cache=self.context.use_cache)
         except CompileError as error:
-            self._tell(step.id, "stopped" if workers.stopped() else "failed", started)
+            left_out = isinstance(error, SlowError) and self.plan.spec.quantize.fallback
+            state = "stopped" if workers.stopped() else "left out" if left_out else "failed"
+            self._tell(step.id, state, started, str(error) if left_out else "")
             if str(error).startswith((step.stage, f"{self.plan.spec}: ")) or isinstance(error, NumericsError):
                 raise
             raise type(error)(f"{self.plan.spec}: {step.id}: {error}") from error
@@ -482,7 +506,8 @@ def _calibrated(plan: Plan) -> dict[str, Any]:
     text = plan.calibration
     if text is None:
         return {}
-    return {"calibration": {"name": text.name, "sha256": text.sha256, "samples": len(text.samples), "held": len(text.held)}}
+    held = len(text.held) if text.apart else 0
+    return {"calibration": {"name": text.name, "sha256": text.sha256, "samples": len(text.samples), "held": held}}
 
 
 def existing(target: Path) -> tuple[Manifest, tuple[Report, ...]] | None:
@@ -553,8 +578,6 @@ def _verdict(plan: Plan, step: Step, store: Store, released: Mapping[tuple[str, 
     elif (entry := store.look(step, hashed=False)) is not None:
         info = entry.info
     else:
-        return ""
-    if "refused" in info:
         return ""
     if step is plan.exports[target]:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 # As Linux names them; in the order in which runtimes came to use them.
@@ -31,6 +32,23 @@ VARIABLES = (
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
 )
+
+# What caps of oneDNN's leave of these features (https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html);
+# others leave all.
+_AVX2 = ("avx2", "fma")
+_AVX512 = (*_AVX2, "avx512f")
+LEFT: Mapping[str, tuple[str, ...]] = {
+    "SSE41": (),
+    "AVX": (),
+    "AVX2": _AVX2,
+    "AVX2_VNNI": (*_AVX2, "avx_vnni"),
+    "AVX2_VNNI_2": (*_AVX2, "avx_vnni"),
+    "AVX512_CORE": _AVX512,
+    "AVX512_CORE_VNNI": (*_AVX512, "avx512_vnni"),
+    "AVX512_CORE_BF16": (*_AVX512, "avx512_vnni", "avx512_bf16"),
+    "AVX512_CORE_FP16": (*_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16"),
+    "AVX10_1_512": (*_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16"),
+}
 
 # The beginnings of the other variables of these libraries, and the ends of those that set how many threads one uses.
 # Workers run without them: so no other can shape a result, and the number of threads, on which it depends, is pinned.
@@ -63,5 +81,10 @@ def features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def has(names: tuple[str, ...]) -> bool:
-    """Whether this CPU, as capped, has one of some features. What a cap leaves is known of oneDNN's alone."""
-    return any(name in features().split() for name in names)
+    """Whether this CPU has one of some features, and oneDNN's cap, where one is set, leaves it."""
+    found = features().split()
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):  # as oneDNN reads them
+        if (left := LEFT.get(os.environ.get(variable, "").upper())) is not None:
+            found = [name for name in found if name in left]
+            break
+    return any(name in found for name in names)

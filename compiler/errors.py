@@ -31,6 +31,10 @@ class StageError(CompileError):
     """A stage of the build could not do its work."""
 
 
+class SlowError(StageError):
+    """An int8 artifact is not faster than the next precision by enough."""
+
+
 class DamagedError(StageError):
     """A file is not the one that was hashed."""
 

@@ -30,9 +30,9 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Locked:
-    """What a model was built from. `files` and `data` are sha256 (hex) by name, of the checkpoint and of the validation
-    text; `revision` is the hub's commit; `cpu` are the features that shape the gate's figures; `code` hashes the compiler's
-    own modules."""
+    """What a model was built from. `files` and `data` are sha256 (hex) by name, of the checkpoint, and of the validation and
+    calibration text; `revision` is the hub's commit; `cpu` are the features that shape the gate's figures; `code` hashes the
+    compiler's own modules."""
 
     source: str
     revision: str | None
@@ -47,11 +47,13 @@ class Locked:
 
 def locked(plan: Plan) -> Locked:
     """What a lock records of a plan."""
+    text = plan.calibration
+    calibration = {} if text is None else {f"calibration {text.name}": text.sha256}
     return Locked(
         source=plan.snapshot.uri,
         revision=plan.snapshot.revision,
         files={file.path: file.sha256 for file in plan.snapshot.files},
-        data={plan.texts.name: plan.texts.sha256, **plan.texts.files},
+        data={plan.texts.name: plan.texts.sha256, **plan.texts.files, **calibration},
         python=platform.python_version(),
         compiler=compiler.__version__,
         cpu=plan.load.inputs["cpu"],

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from compiler.config import Limits
 
 Array = np.ndarray[Any, np.dtype[Any]]
+# See `noise`.
+LEAST_VARIANCE = 0.001
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,41 @@ def compare(pairs: Sequence[Pair], tensor: Tensor, *, logits: bool) -> dict[str,
         "figures": {name: figure for name, (figure, _) in found.items()},
         "worst": {name: worst for name, (_, worst) in found.items()},
     }
+
+
+def noise(pairs: Sequence[Pair], tensor: Tensor) -> tuple[float, str]:
+    """The largest noise of an output in one kind of sample, and which kind that is: the mean squared departure of its
+    elements, in units of their columns' variance. What takes a text for another, or padding for text, makes it 1 or
+    more; it is 1e308 where a value is not finite.
+
+    The variance is taken as at least `LEAST_VARIANCE` of the mean square: what hardly varies has no noise by being rounded.
+    """
+    kinds: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        if len(pair.reference.values):
+            kinds.setdefault(pair.case.name, []).append(pair)
+    if not kinds:
+        return 1e308, f"{tensor.name}: no row of it counts"
+    found = []
+    for kind, own in kinds.items():
+        square = variance = floor = 0.0
+        for columns in {pair.reference.values.shape[1] for pair in own}:
+            alike = [pair for pair in own if pair.reference.values.shape[1] == columns]
+            before, after, real = (
+                np.concatenate(part)
+                for part in zip(
+                    *((pair.reference.values, pair.actual.values, pair.reference.real) for pair in alike), strict=True
+                )
+            )
+            with np.errstate(invalid="ignore", over="ignore"):
+                square += float((np.where(real, after - before, 0.0) ** 2).sum())
+            counts = np.maximum(real.sum(axis=0), 1)
+            mean = np.where(real, before, 0.0).sum(axis=0) / counts
+            variance += float((np.where(real, before - mean, 0.0) ** 2).sum())
+            floor += float((np.where(real, before, 0.0) ** 2).sum())
+        share = square / max(variance, LEAST_VARIANCE * floor, 1e-30)
+        found.append((share if np.isfinite(share) else 1e308, f"{tensor.name}: all samples with {kind} together"))
+    return max(found)
 
 
 def _worst_possible(logits: bool) -> dict[str, float]:

@@ -22,7 +22,7 @@ from compiler.modalities import MODALITIES
 from compiler.sources import infer_task
 from compiler.store import Step, Store
 from compiler.tasks import FILES, TASKS, parse_line, read_label
-from compiler.types import Precision, Snapshot, Target
+from compiler.types import LEAST_TEXTS, Precision, Snapshot, Target
 from compiler.workers import LOAD_THREADS, THREADS
 
 PACKAGE = Path(__file__).parent
@@ -67,8 +67,8 @@ TALK = (
     "signing.py",
     "stages/publish.py",
 )
-# The texts that a layer's share in the error is measured on; with fewer left over, the samples themselves serve.
-LEAST_HELD, MOST_HELD = 64, 256
+# The texts that a layer's share in the error is measured on; with fewer left over, some of the samples serve.
+LEAST_HELD, MOST_HELD = 64, 96
 # How a step's inputs name the hash of a backend's module.
 CODE_OF = "code of "
 # Files of a checkpoint that travel with a release but that no computation reads.
@@ -90,12 +90,14 @@ class Texts:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that int8 is calibrated on. `samples` are what statistics are taken from, `held` what layers are judged on."""
+    """Text that int8 is calibrated on. `samples` are what statistics are taken from, `held` what layers are judged on: others,
+    where `apart` says so."""
 
     name: str
     sha256: str
     samples: tuple[tuple[str, ...], ...]
     held: tuple[tuple[str, ...], ...]
+    apart: bool = True
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,11 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
     accurate = any(target.precision == "int8" for target in spec.targets.list())
     if accurate and TASKS[task].modality != "text":
         raise ConfigError(f"{spec}: int8 is made of models of text, and the task is {task}; leave int8 out of targets:")
+    if accurate and task == "feature-extraction" and len(texts.lines) < LEAST_TEXTS:
+        raise ConfigError(
+            f"{spec}: data.validation: {len(texts.lines)} texts are too few to tell which are neighbours, by which int8 is "
+            f"judged; give at least {LEAST_TEXTS}"
+        )
     named = spec.data.calibration if accurate else None
     calibration = None if named is None else read_calibration(named, task, folder, texts)
     checkpoint = {f"source {file.path}": file.sha256 for file in snapshot.files if not file.path.endswith(DOCUMENTS)}
@@ -372,10 +379,12 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
     own = BUILTIN.get(task) or BUILTIN.get(entry.modality) or BUILTIN_TEXT
     path = own if named is None else folder / named.path
     name = "built-in" if named is None else Path(named.path).name
-    return _read_lines("data.validation", path, name, task)
+    # Only int8 is held to labels.
+    labelled = task == "text-classification" and any(target.precision == "int8" for target in spec.targets.list())
+    return _read_lines("data.validation", path, name, task, labelled=labelled)
 
 
-def _read_lines(key: str, path: Path, name: str, task: str) -> Texts:
+def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -> Texts:
     try:
         read = path.read_bytes()
         content = read.decode("utf-8")
@@ -388,16 +397,17 @@ def _read_lines(key: str, path: Path, name: str, task: str) -> Texts:
     if not lines:
         raise ConfigError(f"{key}: {path}: holds no line; give one JSON object a line")
     sha256 = hashlib.sha256(read).hexdigest()
-    labels = tuple((number, label) for number, line in numbered if (label := read_label(line)) is not None)
-    if task == "text-classification" and labels and len(labels) < len(lines):
+    found = [(number, read_label(line)) for number, line in numbered] if labelled else []
+    labels = tuple((number, label) for number, label in found if label is not None)
+    if labels and len(labels) < len(lines):
         bare = next(number for number, line in numbered if read_label(line) is None)
         raise ConfigError(f"{key}: {path}:{bare}: has no label and other lines have; give all of them one, or none")
     if (kind := TASKS[task].fields[0]) in FILES:
-        found: dict[str, list[str]] = {}
+        hashed: dict[str, list[str]] = {}
         for line in lines:
-            found.setdefault(_portable(line[0]), []).append(_hash(path.parent / line[0], kind))
+            hashed.setdefault(_portable(line[0]), []).append(_hash(path.parent / line[0], kind))
         # Of absolute paths only the name is kept, which several may have.
-        files = {name: hashes[0] if len({*hashes}) == 1 else digest(hashes) for name, hashes in found.items()}
+        files = {name: hashes[0] if len({*hashes}) == 1 else digest(hashes) for name, hashes in hashed.items()}
         return Texts(name, sha256, tuple((str(path.parent / line[0]), *line[1:]) for line in lines), files)
     if len({len(line) for line in lines}) > 1:
         if task == "multiple-choice":
@@ -413,7 +423,7 @@ def read_calibration(named: CalibrationFile, task: str, folder: Path, validation
         ConfigError: it cannot be read, has fewer texts than asked for, or has one that validation has too.
     """
     path = folder / named.path
-    texts = _read_lines("data.calibration", path, Path(named.path).name, task)
+    texts = _read_lines("data.calibration", path, Path(named.path).name, task, labelled=False)
     known = {_content(line) for line in validation.lines}
     distinct = {_content(line): line for line in reversed(texts.lines)}
     if both := sum(content in known for content in distinct):
@@ -429,12 +439,9 @@ def read_calibration(named: CalibrationFile, task: str, folder: Path, validation
             "text, or lower samples:"
         )
     held = lines[named.samples :][:MOST_HELD]
-    return Calibration(
-        texts.name,
-        texts.sha256,
-        tuple(lines[: named.samples]),
-        tuple(held if len(held) >= LEAST_HELD else lines[: named.samples]),
-    )
+    apart = len(held) >= LEAST_HELD
+    samples = tuple(lines[: named.samples])
+    return Calibration(texts.name, texts.sha256, samples, tuple(held) if apart else samples[:MOST_HELD], apart)
 
 
 def _content(line: tuple[str, ...]) -> str:

@@ -62,5 +62,7 @@ def _dependencies(manifest: Manifest, validation: Mapping[str, Any]) -> Iterable
     for file in source.files:
         yield {"uri": uri, "name": file.path, "digest": {"sha256": file.sha256}, "annotations": {"use": "checkpoint"}}
     yield {"name": data["name"], "digest": {"sha256": data["sha256"]}, "annotations": {"use": "validation"}}
+    if text := validation.get("calibration"):
+        yield {"name": text["name"], "digest": {"sha256": text["sha256"]}, "annotations": {"use": "calibration"}}
     for name, version in manifest.libraries.items():
         yield {"uri": purl(name, version), "name": name, "annotations": {"use": "package"}}

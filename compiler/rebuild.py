@@ -128,26 +128,34 @@ def plan_again(path: Path, manifest: Manifest, source: str | None, folder: Path 
         raise ReleaseError(f"{path}: this version cannot build its entry again: {place}: {detail['msg']}") from error
     found = find_original(path, manifest, source, options, folder)
     snapshot = replace(found, uri=manifest.source.uri, revision=manifest.source.revision)
-    return make_plan(spec, snapshot, _data_folder(path, spec, recorded.get("data"), folder))
+    calibrate = manifest.steps.get("calibrate")
+    texts = {}
+    if spec.data.validation is not None:
+        texts["validation"] = (spec.data.validation.path, recorded.get("data"))
+    if spec.data.calibration is not None and calibrate is not None:
+        texts["calibration"] = (spec.data.calibration.path, calibrate.inputs.get("calibration"))
+    return make_plan(spec, snapshot, _data_folder(path, texts, folder))
 
 
-def _data_folder(path: Path, spec: ModelSpec, sha256: str | None, folder: Path | None) -> Path:
-    """The folder from which the validation text is the one that is recorded."""
-    if (named := spec.data.validation) is None:
+def _data_folder(path: Path, texts: Mapping[str, tuple[str, str | None]], folder: Path | None) -> Path:
+    """The folder from which texts, by their use, are at these paths, with the sha256 that is recorded."""
+    if not texts:
         return Path()
-    there = [home for home in homes(path, folder) if (home / named.path).is_file()]
-    if not there:
-        raise ConfigError(f"{named.path}: the validation text is not there; give --folder, where pipeline.yaml is")
-    for home in there:
+    found = homes(path, folder)
+    for use, (name, sha256) in texts.items():
+        there = [home for home in found if (home / name).is_file()]
+        if not there:
+            raise ConfigError(f"{name}: the {use} text is not there; give --folder, where pipeline.yaml is")
         try:
-            if file_sha256(home / named.path) == sha256:
-                return home
+            found = [home for home in there if file_sha256(home / name) == sha256]
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    raise ConfigError(
-        f"{os.path.normpath(there[0] / named.path)}: is not the validation text that this release was made with; give "
-        "--folder, where that is"
-    )
+        if not found:
+            raise ConfigError(
+                f"{os.path.normpath(there[0] / name)}: is not the {use} text that this release was made with; give "
+                "--folder, where that is"
+            )
+    return found[0]
 
 
 def _environment(manifest: Manifest, plan: Plan) -> list[str]:

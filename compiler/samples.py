@@ -19,10 +19,13 @@ NONE, RIGHT, LEFT, TEXT = "no padding", "right padding", "left padding", "text"
 ACCURACY = "accuracy"
 # The longest sample, without padding, when the model's positions allow more than the configured shapes ask for.
 LONGEST = 512
+# Samples without padding that are there whatever the shapes are, behind those of the shapes: a short and the longest.
+EXTRA = 2
 # Lines of text that are all run, in batches of so many.
 MAX_LINES, BATCH = 256, 8
-# The lines that the accuracy of int8 is measured on, in batches of so many.
-MAX_ACCURACY_LINES, ACCURACY_BATCH = 1024, 32
+# The lines that the accuracy of int8 is measured on, in batches of so many, or of fewer where a batch's logits for all words
+# of a vocabulary would have more than so many numbers.
+MAX_ACCURACY_LINES, ACCURACY_BATCH, MAX_LOGITS = 1024, 32, 1 << 27
 
 
 def cases(
@@ -71,10 +74,10 @@ def cases(
 def accuracy_cases(model: Model, texts: Sequence[tuple[str, ...]]) -> list[Case]:
     """The first `MAX_ACCURACY_LINES` texts, in their order."""
     texts = with_masks(model, texts[:MAX_ACCURACY_LINES])
-    found = [
-        Case(ACCURACY, together(model, texts[start : start + ACCURACY_BATCH]))
-        for start in range(0, len(texts), ACCURACY_BATCH)
-    ]
+    config: Any = model.module.config
+    row = min(model.positions or LONGEST, LONGEST) * config.vocab_size
+    size = min(ACCURACY_BATCH, max(1, MAX_LOGITS // row)) if model.task == "fill-mask" else ACCURACY_BATCH
+    found = [Case(ACCURACY, together(model, texts[start : start + size])) for start in range(0, len(texts), size)]
     _check_ids(model, found)
     return found
 

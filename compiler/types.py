@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16", "int8"]
 
 #: Figures that are the better the smaller they are.
-AT_MOST = ("max_abs", "max_rel", "kl", "drop")
+AT_MOST = ("max_abs", "max_rel", "kl", "drop", "noise")
+#: Fewer texts than this say nothing of which of them are neighbours.
+LEAST_TEXTS = 16
 #: Named arrays in, named arrays out: an artifact opened in its runtime, or the original model.
 Runner = Callable[[Mapping[str, "np.ndarray[Any, Any]"]], dict[str, "np.ndarray[Any, Any]"]]
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import special, stats
 
-from compiler.accuracy import LEAST_TEXTS, MAX_SPAN, Answering, answers, embed, figures, nearest, spans
+from compiler.accuracy import CHOICE, MAX_SPAN, Answering, answers, embed, figures, nearest, problem, spans
 from compiler.config import DEFAULT_LIMITS
 from compiler.metrics import spearman
 from compiler.numerics import Case, judge
+from compiler.types import LEAST_TEXTS
 
 Array = np.ndarray[Any, Any]
 RANDOM = np.random.default_rng(5)
@@ -81,13 +83,54 @@ def test_kl_and_argmax_of_labels() -> None:
     assert found["argmax"] == 0.5
 
 
-def test_a_single_logit_is_a_sigmoid() -> None:
-    before, after = np.array([[2.0], [-1.0], [0.5]]), np.array([[1.5], [-1.5], [-0.5]])
-    found = figures({"logits": before}, {"logits": after})
-    chances = [special.expit(side[:, 0]) for side in (before, after)]
+def test_labels_each_for_itself() -> None:
+    """A row is the same when all its labels are; each label is a choice between two, by its sigmoid."""
+    before, after = RANDOM.standard_normal((2, 150, 3))
+    found = figures({"labels": before}, {"labels": after})
+    chances = [special.expit(side) for side in (before, after)]
     expected = special.rel_entr(*chances) + special.rel_entr(*(1 - chance for chance in chances))
-    assert found["kl"] == pytest.approx(expected.mean())
-    assert found["argmax"] == pytest.approx(2 / 3)
+    assert found["kl"] == pytest.approx(expected.sum(axis=1).mean())
+    assert found["argmax"] == np.mean([all((one > 0) == (other > 0)) for one, other in zip(before, after, strict=True)])
+    spoilt = after.copy()
+    spoilt[:, 1] = -before[:, 1]
+    assert figures({"labels": before}, {"labels": spoilt})["argmax"] == 0.0
+
+
+def test_scores_are_ranked() -> None:
+    """Of a regression that is always positive, a sign would say nothing."""
+    before = 3 + RANDOM.random((LEAST_TEXTS, 1))
+    assert figures({"scores": before}, {"scores": 2 * before + 1}) == {"rank": pytest.approx(1.0)}
+    after = 3 + RANDOM.random((LEAST_TEXTS, 1))
+    expected = stats.spearmanr(before[:, 0], after[:, 0]).statistic
+    assert figures({"scores": before}, {"scores": after}) == {"rank": pytest.approx(expected)}
+    assert figures({"scores": before[1:]}, {"scores": before[1:]}) == {}
+
+
+@pytest.mark.parametrize(
+    ("named", "labels", "expected"),
+    [
+        (None, 3, "logits"),
+        (None, 1, "scores"),
+        ("regression", 2, "scores"),
+        ("single_label_classification", 2, "logits"),
+        ("multi_label_classification", 3, "labels"),
+    ],
+)
+def test_what_a_classifiers_logits_are(named: str | None, labels: int, expected: str) -> None:
+    config = SimpleNamespace(problem_type=named, num_labels=labels)
+    model: Any = SimpleNamespace(task="text-classification", module=SimpleNamespace(config=config))
+    logits = RANDOM.standard_normal((len(MASK), labels))
+    found = answers("text-classification", {"logits": logits}, MASK, {}, None, problem(model))
+    assert list(found) == [expected]
+
+
+def test_a_text_that_stands_twice_has_two_nearest() -> None:
+    embeddings = np.repeat(unit(20), 2, axis=0)
+    noisy = embeddings + 1e-7 * RANDOM.standard_normal(embeddings.shape)
+    noisy /= np.linalg.norm(noisy, axis=1, keepdims=True)
+    tripled = [np.concatenate([side, embeddings[:20]]) for side in (embeddings, noisy)]
+    assert (nearest(tripled[0]) != nearest(tripled[1])).any()
+    assert figures({"embedding": tripled[0]}, {"embedding": tripled[1]})["neighbours"] == 1.0
 
 
 def test_drop_is_of_the_accuracy_on_labels() -> None:
@@ -153,7 +196,7 @@ def test_answers_of_each_task() -> None:
 
 
 def test_answers_are_stacked_over_batches() -> None:
-    stacked = Answering({"task": "fill-mask", "pooling": {}, "mask_token": 9})
+    stacked = Answering({"task": "fill-mask", "pooling": {}, "mask_token": 9, "problem": CHOICE})
     assert stacked.stacked() == {}
     logits = RANDOM.standard_normal((2, 3, 5))
     for number in range(2):
@@ -164,7 +207,7 @@ def test_answers_are_stacked_over_batches() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("kind", ["embedding", "logits", "span"])
+@pytest.mark.parametrize("kind", ["embedding", "logits", "labels", "scores", "span"])
 def test_an_answer_that_is_not_finite_passes_nothing(kind: str, bad: float) -> None:
     """By no limit at all: every figure that the kind has is there, and fails."""
     good = unit(20)

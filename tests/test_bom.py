@@ -120,9 +120,10 @@ def test_every_file_with_its_hash(manifest: Manifest) -> None:
         assert component(document, f"release {file.path}")["hashes"] == [{"alg": "SHA-256", "content": file.sha256}]
     inner = {part["name"]: part["hashes"][0]["content"] for part in component(document, "checkpoint")["components"]}
     assert inner == {file.path: file.sha256 for file in manifest.source.files}
-    data = component(document, "data validation")
-    assert (data["type"], data["name"]) == ("data", "lines.jsonl")
-    assert data["hashes"][0]["content"] == "d" * 64
+    for use, name, letter in (("validation", "lines.jsonl", "d"), ("calibration", "more.jsonl", "e")):
+        data = component(document, f"data {use}")
+        assert (data["type"], data["name"], data["data"][0]["name"]) == ("data", name, name)
+        assert data["hashes"][0]["content"] == letter * 64
 
 
 def test_every_package(manifest: Manifest) -> None:
@@ -130,7 +131,7 @@ def test_every_package(manifest: Manifest) -> None:
     assert component(document, "pkg:pypi/torch@2.13.0%2Bcpu")["version"] == "2.13.0+cpu"
     (model,) = [entry for entry in document["dependencies"] if entry["ref"] == "model"]
     packages = ["pkg:pypi/onnx@1.23.2", "pkg:pypi/torch@2.13.0%2Bcpu"]
-    assert sorted(model["dependsOn"]) == sorted(["checkpoint", "data validation", "python", *packages])
+    assert sorted(model["dependsOn"]) == sorted(["checkpoint", "data validation", "data calibration", "python", *packages])
 
 
 @pytest.mark.parametrize(

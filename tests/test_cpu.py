@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from compiler.cpu import features
+from compiler import cpu
+from compiler.cpu import FAST_ON, WIDE_SUMS, features, has
 
 X86 = """processor\t: 0
 vendor_id\t: GenuineIntel
@@ -79,3 +80,26 @@ def test_no_other_variable_gets_into_a_release(monkeypatch: pytest.MonkeyPatch) 
     assert features() == before
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert features() == f"{before} ONEDNN_MAX_CPU_ISA=AVX2"
+
+
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+@pytest.mark.parametrize(
+    ("cap", "wide", "bf16"),
+    [
+        (None, True, True),
+        ("DEFAULT", True, True),
+        ("AVX512_CORE_BF16", True, True),
+        ("avx512_core_vnni", True, False),
+        ("AVX2_VNNI", False, False),  # this CPU has the other VNNI
+        ("AVX512_CORE", False, False),
+        ("AVX2", False, False),
+        ("SSE41", False, False),
+    ],
+)
+def test_what_a_cap_leaves(monkeypatch: pytest.MonkeyPatch, variable: str, cap: str | None, *, wide: bool, bf16: bool) -> None:
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    if cap is not None:
+        monkeypatch.setenv(variable, cap)
+    monkeypatch.setattr(cpu, "features", lambda: "x86_64 avx2 fma avx512f avx512_vnni avx512_bf16")
+    assert (has(WIDE_SUMS), has(FAST_ON["bf16"])) == (wide, bf16)

@@ -352,3 +352,19 @@ def test_a_killed_build_leaves_the_lock_alone(folder: Path, lock: Path, tmp_path
     build.communicate()
     assert gone(build.pid)
     assert lock.read_bytes() == before
+
+
+def test_calibration_text_is_locked(folder: Path) -> None:
+    lines = [json.dumps({"text": f"line {number} of some text"}) for number in range(40)]
+    for name, half in (("more", lines[:16]), ("text", lines[16:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(half))
+    data = {"validation": {"path": "text.jsonl"}, "calibration": {"path": "more.jsonl", "samples": 16}}
+    write_pipeline(folder, "path:checkpoint", targets={"onnx": ["int8"]}, data=data)
+    path = folder / "pipeline.lock"
+    write_lock(path, plans(folder))
+    stored = json.loads(path.read_bytes())["models"]["tiny 1.0.0"]["data"]
+    hashes = {name: file_sha256(folder / name) for name in ("text.jsonl", "more.jsonl")}
+    assert stored == {"text.jsonl": hashes["text.jsonl"], "calibration more.jsonl": hashes["more.jsonl"]}
+    (folder / "more.jsonl").write_text("\n".join([*lines[:15], json.dumps({"text": "another"})]))
+    with pytest.raises(LockError, match=r"data calibration more\.jsonl "):
+        locked_plans(read(folder / "pipeline.yaml"), folder, path, ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from compiler.config import DEFAULT_LIMITS, Limits
-from compiler.numerics import Array, Case, Pair, compare, cosine, judge, rows
+from compiler.numerics import Array, Case, Pair, compare, cosine, judge, noise, rows
 from compiler.types import Tensor
 
 HIDDEN = Tensor("last_hidden_state", "float32", ("batch", "sequence", 2))
@@ -380,3 +381,29 @@ class TestJudge:
         sample = case([[1]], counts={"pooler_output": [False]})
         found = figures([[1.0, 2.0]], [[9.0, 9.0]], POOLED, sample)
         assert not all(check.passed for check in judge({"pooler_output": found}, DEFAULT_LIMITS["fp32"]))
+
+
+def test_noise_is_told_for_each_kind_of_sample() -> None:
+    """In units of an output's variance; answers of another text make it 2 or so, however many other samples are right."""
+    tensor = Tensor("last_hidden_state", "float32", ("batch", "sequence", 4))
+    generator = np.random.default_rng(3)
+
+    def pair(name: str, error: float, *, swapped: bool = False) -> Pair:
+        inputs = {"input_ids": np.ones((4, 30)), "attention_mask": np.ones((4, 30))}
+        case = Case(name, inputs)
+        before = generator.standard_normal((4, 30, 4))
+        before[..., 3] += 40  # a column that is wide and hardly varies
+        after = before[::-1] if swapped else before + error * generator.standard_normal(before.shape)
+        return Pair(case, rows(before, tensor, case), rows(after, tensor, case))
+
+    right = [pair("no padding", 0.1), pair("left padding", 0.1)]
+    share, where = noise(right, tensor)
+    assert share == pytest.approx(0.01, rel=0.3)
+    assert re.fullmatch("last_hidden_state: all samples with (no|left) padding together", where)
+    wrong, where = noise([*right, *([pair("no padding", 0.0)] * 3), pair("right padding", 0.0, swapped=True)], tensor)
+    assert wrong == pytest.approx(2, rel=0.3)
+    assert where == "last_hidden_state: all samples with right padding together"
+    bad = pair("left padding", 0.0)
+    bad.actual.values[3, 1] = np.nan
+    assert noise([*right, bad], tensor)[0] == 1e308
+    assert noise([], tensor)[0] == 1e308

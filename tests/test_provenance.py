@@ -67,10 +67,13 @@ def test_what_it_was_made_from(manifest: Manifest) -> None:
     assert by_use["validation"] == [
         {"name": "lines.jsonl", "digest": {"sha256": "d" * 64}, "annotations": {"use": "validation"}}
     ]
+    assert by_use["calibration"] == [
+        {"name": "more.jsonl", "digest": {"sha256": "e" * 64}, "annotations": {"use": "calibration"}}
+    ]
     assert [entry["uri"] for entry in by_use["package"]] == ["pkg:pypi/torch@2.13.0%2Bcpu"]
 
 
-USES = ("checkpoint", "validation", "package")
+USES = ("checkpoint", "validation", "calibration", "package")
 
 
 def test_a_source_without_a_commit(manifest: Manifest) -> None:

@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 
 from compiler.bom import BOM
-from compiler.errors import StageError
-from compiler.hashing import hash_file
+from compiler.errors import ConfigError, StageError
+from compiler.hashing import file_sha256, hash_file
 from compiler.manifest import MANIFEST, Made, Manifest, from_bytes
 from compiler.provenance import PROVENANCE
-from compiler.rebuild import _lasting, rebuild
+from compiler.rebuild import _data_folder, _lasting, rebuild
 from compiler.types import Signature
 from tests.conftest import Command, build_folder, error_line, seal, write_pipeline
 from tests.hub import Hub
@@ -386,3 +386,21 @@ def test_every_architecture_comes_out_again(command: Command, tmp_path: Path, na
     environment = {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "5"}
     result = command("verify", "artifacts/tiny/1.0.0", "--rebuild", environment=environment)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_rebuild_wants_the_same_calibration(tmp_path: Path) -> None:
+    """Both texts must be those that are recorded, and found from one folder."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    hashes = {}
+    for folder in (first, second):
+        folder.mkdir()
+        for name in ("validation", "calibration"):
+            (folder / f"{name}.jsonl").write_text(f"{name}" if folder == second or name == "validation" else "another")
+            hashes[name] = (f"{name}.jsonl", file_sha256(folder / f"{name}.jsonl"))
+    release = first / "artifacts/tiny/1.0.0"
+    assert _data_folder(release, hashes, second) == second
+    with pytest.raises(ConfigError, match=r"first/calibration\.jsonl: is not the calibration text that this release was made"):
+        _data_folder(release, hashes, first)
+    (first / "calibration.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"^calibration\.jsonl: the calibration text is not there; give --folder, where"):
+        _data_folder(release, hashes, first)

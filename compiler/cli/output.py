@@ -45,6 +45,11 @@ def number(value: float) -> str:
     return f"{value:.7f}" if 0.5 <= value <= 1 else f"{value:.2g}"
 
 
+def counted(layers: int, tables: int) -> str:
+    """What of a model is in int8."""
+    return f"{layers} layers" + (f" and {tables} embedding{'s' * (tables > 1)}" if tables else "")
+
+
 def pairs(values: Any, sign: str = "=") -> str:
     return ", ".join(f"{name}{sign}{value}" for name, value in values.items())
 

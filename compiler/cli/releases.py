@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from compiler.cli.options import cache_option, json_option, open_store
-from compiler.cli.output import either, number, pairs, print_benchmark, print_blame, print_json, report_json, table
+from compiler.cli.output import counted, either, number, pairs, print_benchmark, print_blame, print_json, report_json, table
 from compiler.errors import ReleaseError, SigningError
 from compiler.types import AT_MOST
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from compiler.blame import Blame
     from compiler.types import Report
 
+# What the operators by which a file looks rows of an embedding up are called, among those of `Artifact.int8`.
+LOOKUPS = ("Gather", "embedding")
 PASSWORD_VARIABLE = "COMPILE_SIGN_PASSWORD"  # noqa: S105
 
 
@@ -62,13 +64,16 @@ def inspect(release: Path, as_json: bool) -> None:
             click.echo(f"  needs    a CPU with {either(artifact.needs)}: without, sums of 8-bit products may saturate")
         click.echo(f"  fused    {pairs(artifact.fusions, ' ') or 'nothing'}")
         if artifact.int8:
-            click.echo(f"  int8     {len(artifact.int8)} layers, by {', '.join(sorted(set(artifact.int8.values())))}")
+            tables = sum(way.startswith(LOOKUPS) for way in artifact.int8.values())
+            amount = counted(len(artifact.int8) - tables, tables)
+            click.echo(f"  int8     {amount}, by {', '.join(sorted(set(artifact.int8.values())))}")
         for name, reason in artifact.kept.items():
             click.echo(f"  not int8 {name}: {reason}")
         for tried in artifact.ladder:
             figures = pairs({name: number(figure) for name, figure in tried["figures"].items()})
             verdict = "passes" if tried["passed"] else "fails"
-            click.echo(f"  tried    {tried['int8']} layers int8, cost {tried['cost']:g}: {figures}: {verdict}")
+            amount = counted(tried["int8"], tried.get("tables", 0))
+            click.echo(f"  tried    {amount} int8, cost {tried['cost']:g}: {figures}: {verdict}")
         for name, reason in artifact.declined.items():
             click.echo(f"  without  {name}: {reason}")
         report = next(r for r in reports if (r.format, r.precision) == (artifact.format, artifact.precision))

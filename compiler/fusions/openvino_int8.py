@@ -24,7 +24,7 @@ def quantize(program: Model, layers: Layers) -> tuple[dict[str, str], list[Any]]
     is saved: OpenVINO's constants point into them."""
     done: dict[str, str] = {}
     arrays: list[Any] = []
-    inputs: dict[tuple[str, int], Output] = {}
+    inputs: dict[tuple[Any, ...], Output] = {}
     for node in list(every_node(program)):
         if node.get_type_name() == "Constant" and (name := _table(node, layers, arrays)) is not None:
             done[name] = "Gather i8"
@@ -41,7 +41,9 @@ def quantize(program: Model, layers: Layers) -> tuple[dict[str, str], list[Any]]
             continue
         source = node.input_value(0)
         # Layers that share an input share its quantization; the branches are models of their own.
-        key = source.get_node().get_name(), source.get_index()
+        parts = (layer.smooth, layer.repeated, layer.offset)
+        how = (layer.scale, layer.zero_point, *(None if part is None else part.tobytes() for part in parts))
+        key = source.get_node().get_name(), source.get_index(), *how
         if key not in inputs:
             inputs[key] = _quantized(source, layer)
         node.input(0).replace_source_output(inputs[key])

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from compiler.accuracy import Answers, answers
+from compiler.accuracy import Answers, answers, problem
 from compiler.quantization.layers import LAYERS, QuantizedLinear, QuantizedTable, digest, save
 from compiler.samples import masked_places, together
 from compiler.types import Model
@@ -32,7 +32,7 @@ from compiler.types import Model
 # Texts are run in batches of so many, the short ones together.
 BATCH = 16
 # Rows of an input that are kept to round weights against, all layers together at most so many bytes.
-MAX_ROWS, MAX_BYTES = 4096, 1 << 30
+MAX_ROWS, MAX_BYTES = 6144, 1 << 30
 # Of those, what SmoothQuant's exponent is chosen on.
 TRIAL_ROWS = 768
 EXPONENTS = (0.0, 0.6, 0.8, 0.9, 1.0)
@@ -40,14 +40,12 @@ EXPONENTS = (0.0, 0.6, 0.8, 0.9, 1.0)
 WIDE, TIMES, WORTH = 8, 16, 0.6
 # What is added to the diagonal of GPTQ's Hessian, in units of its mean; columns that are rounded between two updates.
 DAMPING, BLOCK = 0.01, 128
-# Words of the longest excerpts.
-EXCERPT = 4
+# Words of the longest excerpts, and how long words are at most on average where a script has spaces between them.
+EXCERPT, LONG_WORDS = 4, 20
 # A layer with less than this share of the multiply-adds is not worth an error.
 LEAST_SHARE = 0.005
 # In bytes, as float32: smaller embeddings are not worth more operators.
 TABLE = 2**20
-# Texts that a layer's own share in the error is measured on.
-SENSITIVITY_TEXTS = 96
 
 
 @dataclass
@@ -92,10 +90,10 @@ def calibrate(
         bits: 8, or 7 for weights within ±63.
 
     Returns:
-        `groups`: of each group of layers its `names`, `cost` (share of all multiply-adds of linear layers), `outputs` (the
-        width of all its layers' results together), `error` (the mean
-        squared error of the answers when this group alone is int8, in units of their variance); `tables`, the names of the
-        embeddings; `left`: by layer's name, why it is no candidate.
+        `groups`: of each group of layers its `names`, `cost` (share of the multiply-adds of all layers that could be int8),
+        `outputs` (the width of all its layers' results together), `error` (the mean squared error of the answers when this
+        group alone is int8, in units of their variance; see `departure`); `tables`, the names of the embeddings; `left`: by
+        layer's name, why it is no candidate.
     """
     module = model.module
     groups, left = collect(module, list(batches(model, [*texts, *excerpts(texts)])))
@@ -112,35 +110,41 @@ def calibrate(
     save(out / LAYERS, [*layers, *embeddings])
     by_name = {layer.name: layer for layer in layers}
     emulation = Emulation(module, by_name.values())
-    trial = list(batches(model, held[:SENSITIVITY_TEXTS]))
-    before = answer(model, trial, pooling)
+    trial = list(batches(model, held))
+    before = answer(model, trial, pooling, soft=True)
     described = []
     for group in groups:
         with emulation.applied(group.names):
-            after = answer(model, trial, pooling)
+            error = departure(before, answer(model, trial, pooling, soft=True))
+        if not np.isfinite(error):
+            left |= dict.fromkeys(group.names, "in int8 it makes answers that are not finite")
+            continue
         described.append(
             {
                 "names": list(group.names),
                 "cost": _work(module, group) / total,
                 "outputs": sum(by_name[name].outputs for name in group.names),
-                "error": departure(before, after),
+                "error": error,
             }
         )
     return {"groups": described, "tables": [table.name for table in embeddings], "left": left}
 
 
 def excerpts(texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """One to four words of each text, or of its last part.
+    """One to four words of each text, or of its last part; where a script has no spaces between words, twice as many
+    characters.
 
     Attention has means of the values of tokens as its results. Over few tokens they reach further than over many, and what is
     beyond the range of all text that was seen is cut: a text of two words then has a wrong answer.
     """
     found = []
     for number, (*before, last) in enumerate(texts):
-        words = last.split()
-        count = min(1 + number % EXCERPT, len(words))
+        words, space, count = last.split(), " ", 1 + number % EXCERPT
+        if len(last) > LONG_WORDS * len(words):
+            words, space, count = [*last.strip()], "", 2 * count
+        count = min(count, len(words))
         start = number % (len(words) - count + 1)
-        found.append((*before, " ".join(words[start : start + count])))
+        found.append((*before, space.join(words[start : start + count])))
     return found
 
 
@@ -161,14 +165,8 @@ def tables(module: torch.nn.Module, least: int = TABLE) -> list[QuantizedTable]:
 
 
 def departure(before: Answers, after: Answers) -> float:
-    """The mean squared difference of answers in units of their variance; of spans, the share that differs."""
-    errors = []
-    for name, value in before.items():
-        if name == "span":
-            errors.append(float((value != after[name]).any(axis=1).mean()))
-        else:
-            errors.append(float(((value - after[name]) ** 2).mean() / max(float(value.var()), 1e-12)))
-    return max(errors)
+    """The mean squared difference of answers, as `answer` gives them with `soft`, in units of their variance."""
+    return max(float(((value - after[name]) ** 2).mean() / max(float(value.var()), 1e-12)) for name, value in before.items())
 
 
 def batches(model: Model, texts: Sequence[tuple[str, ...]]) -> Iterator[Text]:
@@ -182,14 +180,24 @@ def batches(model: Model, texts: Sequence[tuple[str, ...]]) -> Iterator[Text]:
         yield Text(inputs, mask, chosen, masked_places(model, arrays["input_ids"]))
 
 
-def answer(model: Model, texts: Sequence[Text], pooling: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """The answers of the model as it is now, stacked over the texts; where an answer is one a text, in their order."""
+def answer(
+    model: Model, texts: Sequence[Text], pooling: Mapping[str, Any], *, soft: bool = False
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The answers of the model as it is now, stacked over the texts; where an answer is one a text, in their order.
+
+    Args:
+        soft: instead of spans, which seldom change, the start and end logits of real tokens, `[tokens, 2]`.
+    """
     parts: list[dict[str, np.ndarray[Any, Any]]] = []
     with torch.inference_mode():
         for text in texts:
             outputs = model.module(**text.inputs)
             arrays = {name: value.float().numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-            parts.append(answers(model.task, arrays, text.mask.numpy(), pooling, text.places))
+            if soft and "start_logits" in arrays:
+                ends = np.stack([arrays["start_logits"], arrays["end_logits"]], axis=-1)
+                parts.append({"logits": ends[text.mask.numpy()]})
+                continue
+            parts.append(answers(model.task, arrays, text.mask.numpy(), pooling, text.places, problem(model)))
     order = np.argsort(np.concatenate([text.order for text in texts]))
     stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {name: value[order] if len(value) == len(order) else value for name, value in stacked.items()}
@@ -199,13 +207,15 @@ def collect(module: torch.nn.Module, texts: Sequence[Text]) -> tuple[list[Group]
     """Run texts and gather, for each group of linear layers, the range of every channel of its input and some of its rows;
     and why other layers are none."""
     linears = {name: part for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)}
-    own: dict[int, str] = {}
+    alike: dict[str, list[str]] = {}
     for name, part in linears.items():
-        own.setdefault(id(part.weight), name)  # layers that share weights are one
+        alike.setdefault(digest(part.weight.detach().float().numpy()), []).append(name)
+    # A graph knows a layer by its weights alone, and a range is for one input: no layer may take another's.
     left = {
-        name: f"it shares its weights with {own[id(part.weight)]}"
-        for name, part in linears.items()
-        if own[id(part.weight)] != name
+        name: f"its weights are those of {next(other for other in names if other != name)} as well"
+        for names in alike.values()
+        for name in names
+        if len(names) > 1
     }
     if own_elsewhere := {
         id(part.weight): name for name, part in module.named_modules() if isinstance(part, torch.nn.Embedding)
@@ -215,21 +225,25 @@ def collect(module: torch.nn.Module, texts: Sequence[Text]) -> tuple[list[Group]
                 left[name] = f"its weights are {own_elsewhere[id(part.weight)]}'s too"
     together: dict[int, list[str]] = {}
     kept: list[torch.Tensor] = []
-    token_rows: dict[str, bool] = {}
-    mask = texts[0].mask
+    token_rows: dict[str, list[bool]] = {}
+    mask = _flat(texts[0].mask)
 
     def first(name: str) -> Callable[..., None]:
         def hook(part: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             kept.append(arguments[0])  # or another tensor may get its id
             together.setdefault(id(arguments[0]), []).append(name)
-            token_rows[name] = arguments[0].dim() == 3 and arguments[0].shape[:2] == mask.shape
+            token_rows.setdefault(name, []).append(arguments[0].dim() == 3 and arguments[0].shape[:2] == mask.shape)
 
         return hook
 
     with _hooks(linears, first), torch.inference_mode():
         module(**texts[0].inputs)
     left |= {name: "the model does not use it" for name in linears if name not in token_rows}
-    left |= {name: "it sees one row a text, which is no work" for name, tokens in token_rows.items() if not tokens}
+    for name, kinds in token_rows.items():
+        if not any(kinds):
+            left[name] = "it sees no token's row, such as one row a text, which is no work"
+        elif not all(kinds):
+            left[name] = "it sees what is no token's row as well, such as positions"
     groups: list[Group] = []
     of: dict[str, Group] = {}
     for given in together.values():
@@ -241,12 +255,12 @@ def collect(module: torch.nn.Module, texts: Sequence[Text]) -> tuple[list[Group]
     widths = sum(len(group.low) for group in groups)
     most = max(256, min(MAX_ROWS, MAX_BYTES // (4 * max(widths, 1))))
     tokens = sum(int(text.mask.sum()) for text in texts)
-    # The same places in every layer, spread evenly over all tokens.
-    step = max(1, tokens // most)
     seen = 0
 
     def gather(name: str) -> Callable[..., None]:
         group = of[name]
+        # Spread evenly over all tokens; a layer that is run several times has as many inputs.
+        step = max(1, -(-tokens * len(token_rows[name]) // most))
 
         def hook(part: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             rows = arguments[0][mask]
@@ -260,10 +274,18 @@ def collect(module: torch.nn.Module, texts: Sequence[Text]) -> tuple[list[Group]
     leaders = {group.names[0]: linears[group.names[0]] for group in groups}
     with _hooks(leaders, gather), torch.inference_mode():
         for text in texts:
-            mask = text.mask
+            mask = _flat(text.mask)
             module(**text.inputs)
             seen += int(mask.sum())
-    return groups, left
+    for group in groups:
+        if not (torch.isfinite(group.low).all() and torch.isfinite(group.high).all()):
+            left |= dict.fromkeys(group.names, "its input is not finite on calibration text")
+    return [group for group in groups if group.names[0] not in left], left
+
+
+def _flat(mask: torch.Tensor) -> torch.Tensor:
+    """A mask as layers see it: of several choices a text, each is a row."""
+    return mask.reshape(-1, mask.shape[-1])
 
 
 @contextmanager
@@ -381,7 +403,7 @@ class Quantizer:
             smooth = torch.exp(torch.log(divisor[others]).mean()) / divisor
         low = min(float((group.low * smooth)[others].min()), 0.0)
         high = max(float((group.high * smooth)[others].max()), 0.0)
-        scale = float(np.float32(max(high - low, 1e-6) / 255))
+        scale = float(np.float32(max(high - low, 1e-12) / 255))
         zero_point = round(-low / scale)
         # A step of room at the top, for the offsets.
         room = torch.minimum(

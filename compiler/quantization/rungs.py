@@ -7,7 +7,7 @@ of int8. So a higher rung is slower and closer, its cost is known without timing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +27,16 @@ GUESSES = 3
 
 @dataclass(frozen=True)
 class Rung:
-    """`out` are the layers that stay out of int8, `cost` is the plan's static cost: 1 would be all multiply-adds in int8 and
-    inputs that are so already. `error` is the sum of the others' errors: rounding noise adds up, nearly."""
+    """`out` are the layers that stay out of int8, of which those that `slow` names would save no time there. `cost` is the
+    plan's static cost: 1 would be all multiply-adds in int8 and inputs that are so already. `error` is the sum of the others'
+    errors: rounding noise adds up, nearly."""
 
     number: int
     out: tuple[str, ...]
     int8: tuple[str, ...]
     cost: float
     error: float
+    slow: tuple[str, ...] = ()
 
 
 def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[Rung]:
@@ -44,15 +46,9 @@ def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[
     """
     names = [name for group in groups for name in group["names"]]
 
-    def inside(group: Mapping[str, Any]) -> float:
-        return float(group["cost"] * (1 + QUANTIZING[format] / group["outputs"]))
-
-    def outside(group: Mapping[str, Any]) -> float:
-        return float(group["cost"] * COST[rest])
-
     def worth(group: Mapping[str, Any]) -> float:
         """Accuracy that it costs for the work that it saves; what saves none is worth nothing."""
-        saved = outside(group) - inside(group)
+        saved = _outside(group, rest) - _inside(group, format)
         return group["error"] / saved if saved > 0 else math.inf
 
     order = sorted(groups, key=lambda group: (-worth(group), group["names"]))
@@ -61,17 +57,34 @@ def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[
     rungs = []
     for number, left in enumerate(range(slow, len(order))):
         out = {name for group in order[:left] for name in group["names"]}
-        cost = sum(map(outside, order[:left])) + sum(map(inside, order[left:]))
         rungs.append(
             Rung(
                 number,
                 tuple(name for name in names if name in out),
                 tuple(name for name in names if name not in out),
-                round(cost / sum(group["cost"] for group in groups), 4),
+                cost(groups, rest, format, out),
                 math.fsum(group["error"] for group in order[left:]),
+                tuple(name for group in order[:slow] for name in group["names"]),
             )
         )
     return rungs
+
+
+def cost(groups: Sequence[Mapping[str, Any]], rest: str, format: str, out: Collection[str]) -> float:
+    """The static cost of a plan that leaves layers `out`; of a group of which some stay in, each has its share."""
+    found = 0.0
+    for group in groups:
+        left = sum(name in out for name in group["names"]) / len(group["names"])
+        found += left * _outside(group, rest) + (1 - left) * _inside(group, format)
+    return round(found / math.fsum(group["cost"] for group in groups), 4)
+
+
+def _inside(group: Mapping[str, Any], format: str) -> float:
+    return float(group["cost"] * (1 + QUANTIZING[format] / group["outputs"]))
+
+
+def _outside(group: Mapping[str, Any], rest: str) -> float:
+    return float(group["cost"] * COST[rest])
 
 
 def room(check: Check) -> tuple[float, float]:

@@ -5,6 +5,7 @@ Each rung is an entry of the cache, so a search that was killed goes on where it
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -13,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiler.backends import BACKENDS
-from compiler.errors import ConfigError, NumericsError, StageError
+from compiler.errors import ConfigError, NumericsError, SlowError
 from compiler.numerics import judge
-from compiler.quantization.rungs import Rung, bearable, climb, first, ladder, room
+from compiler.quantization.rungs import Rung, bearable, climb, cost, first, ladder, room
 from compiler.stages.load import REFERENCE, SAMPLES
 from compiler.stages.quantize import CHANCES, FASTER, faster, rung
 from compiler.store import Entry, Step
 from compiler.types import Artifact, Check, Target
 
 if TYPE_CHECKING:
-    from compiler.build import Build
+    from compiler.build import Build, Candidate
 
 # Why embeddings are left out of a plan that was searched for.
 TABLE_LEFT = "the budget: with it in int8 as well, the plan that was found misses it"
@@ -30,12 +31,12 @@ TABLE_LEFT = "the budget: with it in int8 as well, the plan that was found misse
 
 def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     """Put the files of the plan that was found into `out`, and return what is known of them: what the backend said, the layers
-    that are `int8` and how, those that are `kept` out and why, and the `ladder`. With `fallback`, `refused` may stand alone.
+    that are `int8` and how, those that are `kept` out and why, and the `ladder`.
 
     Raises:
         ConfigError: the plan in pipeline.yaml names a layer that is none.
-        NumericsError: no plan meets the budget; with the closest and what it missed.
-        StageError: int8 is not faster than the next precision.
+        NumericsError: no plan meets the budget; with the closest, what it missed and the first layer that departs.
+        SlowError: int8 is not faster than the next precision.
     """
     spec, plan = build.plan.spec, build.plan
     reference, calibrated = build.load(), build.calibrate()
@@ -44,7 +45,8 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     rungs = ladder(groups, rest, target.format)
     trials = _Trials(build, target, reference, calibrated, [replace(rung, out=rung.out + tables) for rung in rungs])
     if (named := spec.quantize.plan.get(target.format)) is not None:
-        trials.rungs = [_given(named, rungs[0], calibrated.info, f"{spec}: quantize.plan.{target.format}")]
+        where = f"{spec}: quantize.plan.{target.format}"
+        trials.rungs = [_given(named, rungs[0], calibrated.info, where, rest, target.format)]
         found = 0 if trials.measure(0)[0] else None
     else:
         errors = [rung.error for rung in rungs]
@@ -54,30 +56,31 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
             trials.rungs.append(replace(rungs[found], number=len(rungs), int8=rungs[found].int8 + tables))
             found = len(rungs) if trials.measure(len(rungs))[0] else found
     if found is None:
+        missed, closest = trials.closest()
+        verdict = build.reject(reference, trials.candidate(closest))
         raise NumericsError(
-            f"{spec}: {target}: no plan meets the budget; {trials.closest()}; nothing is released; widen budget.int8 "
-            "if you accept that, give more calibration text such as the model will see, or leave int8 out of targets:"
+            f"{spec}: {target}: no plan meets the budget; the closest has {missed}; {verdict}; nothing is released, that one "
+            f"is in {build.folder / 'failed'}; widen budget.int8 if you accept it, give more calibration text such as the "
+            "model will see, or leave int8 out of targets:"
         )
     entry = trials.entries[found]
-    if refusal := _slower(build, target, reference, entry):
-        if not spec.quantize.fallback:
-            raise StageError(
-                f"{spec}: {target}: {refusal}; leave int8 out of targets:, or set quantize.fallback: true to go on without"
-            )
-        build.tell_rung(target, "left out", refusal)
-        return {"refused": refusal, "opset": None, "fusions": {}}
+    if slow := _slower(build, target, reference, entry):
+        advice = "leave int8 out of targets:, or set quantize.fallback: true to go on without"
+        raise SlowError(f"{spec}: {target}: {slow}" + ("" if spec.quantize.fallback else f"; {advice}"))
     for file in entry.files:
         (out / file.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(entry.root / file.path, out / file.path)
-    why = "the budget: it costs the most accuracy for the work that it saves"
-    kept = {name: TABLE_LEFT if name in tables else why for name in trials.rungs[found].out}
+    chosen = trials.rungs[found]
+    kept = dict.fromkeys(chosen.out, "the budget: it costs the most accuracy for the work that it saves")
+    kept |= dict.fromkeys(chosen.slow, "to quantize its input takes longer than int8 saves")
+    kept |= {name: TABLE_LEFT for name in tables if name in kept}
     if named is not None:
         kept = dict.fromkeys(kept, "quantize.plan says so")
     known = {name: value for name, value in entry.info.items() if name not in ("outputs", "left", "milliseconds")}
     return {**known, "kept": {**calibrated.info["left"], **kept, **entry.info["left"]}, "ladder": trials.told}
 
 
-def _given(named: tuple[str, ...], first: Rung, known: Mapping[str, Any], where: str) -> Rung:
+def _given(named: tuple[str, ...], first: Rung, known: Mapping[str, Any], where: str, rest: str, format: str) -> Rung:
     """The plan that a user gives. It may name what is never in int8, as a manifest does, of `known` of the calibration."""
     layers = (*first.out, *first.int8)
     every = (*layers, *known["tables"])
@@ -85,9 +88,10 @@ def _given(named: tuple[str, ...], first: Rung, known: Mapping[str, Any], where:
         raise ConfigError(f"{where}: {unknown[0]} is no layer that can be int8; there are {', '.join(every[:4])} …")
     if set(layers) <= set(named):
         raise ConfigError(f"{where}: leaves no layer in int8; leave int8 out of targets: instead")
-    return Rung(
-        0, tuple(name for name in every if name in named), tuple(name for name in every if name not in named), 0.0, 0.0
-    )
+    out = tuple(name for name in every if name in named)
+    inside = [group["error"] for group in known["groups"] if not set(group["names"]) <= set(named)]
+    work = cost(known["groups"], rest, format, out)
+    return Rung(0, out, tuple(name for name in every if name not in named), work, math.fsum(inside))
 
 
 class _Trials:
@@ -96,21 +100,24 @@ class _Trials:
     def __init__(self, build: Build, target: Target, reference: Entry, calibrated: Entry, rungs: list[Rung]) -> None:
         self.build, self.target, self.reference, self.calibrated, self.rungs = build, target, reference, calibrated, rungs
         self.entries: dict[int, Entry] = {}
+        self._tables = set(calibrated.info["tables"])
         self.told: list[dict[str, Any]] = []
-        self._failed: list[tuple[float, str]] = []
+        self._failed: list[tuple[float, str, int]] = []
 
     def measure(self, number: int) -> tuple[bool, float]:
         """Make a rung and measure its answers on validation text: the budget's verdict, and the error that it would bear."""
         if number not in self.entries:
             self.entries[number] = self._make(self.rungs[number])
         entry, tried = self.entries[number], self.rungs[number]
+        self.build.check_limits(str(self.target), "int8", entry.info["outputs"])
         limits = self.build.plan.spec.budget.limits("int8")
         checks = judge(entry.info["outputs"], limits)
         failed = [check for check in checks if not check.passed]
         figures = entry.info["outputs"].get("answers", {"figures": {}})["figures"]
         self.told.append(
             {
-                "int8": len(tried.int8),
+                "int8": len(set(tried.int8) - self._tables),
+                "tables": len(set(tried.int8) & self._tables),
                 "out": list(tried.out),
                 "cost": tried.cost,
                 "figures": {name: round(figure, 6) for name, figure in figures.items()},
@@ -123,24 +130,37 @@ class _Trials:
         amount = self._amount(tried)
         self.build.tell_rung(self.target, "tried", f"{amount} int8: {shown}{milliseconds}: {verdict}")
         if failed:
-            self._failed.append(max((_miss(check), f"{amount}: {_text(check)}") for check in failed))
+            self._failed.append(max((_miss(check), f"{amount}: {_text(check)}", number) for check in failed))
         return not failed, bearable(checks, tried.error)
 
     def _amount(self, tried: Rung) -> str:
-        tables = set(self.calibrated.info["tables"])
-        own, every = (len(set(names) - tables) for names in (tried.int8, (*tried.int8, *tried.out)))
-        return f"{own} of {every} layers{' and embeddings' if tables & set(tried.int8) else ''}"
+        own, every = (len(set(names) - self._tables) for names in (tried.int8, (*tried.int8, *tried.out)))
+        return f"{own} of {every} layers{' and embeddings' if self._tables & set(tried.int8) else ''}"
 
-    def closest(self) -> str:
-        """The plan that missed the least, and by how much."""
-        return f"the closest has {min(self._failed)[1]}"
+    def closest(self) -> tuple[str, int]:
+        """The plan that missed the least and by how much, and its number."""
+        _, text, number = min(self._failed)
+        return text, number
+
+    def candidate(self, number: int) -> Candidate:
+        """A plan as the gate sees one."""
+        entry = self.entries[number]
+        artifact = replace(self.build.artifact(self.target, entry), ladder=tuple(self.told))
+        return self.build.judged(artifact, entry, entry.info["outputs"])
 
     def _make(self, tried: Rung) -> Entry:
         build, target, plan = self.build, self.target, self.build.plan
-        whole = plan.exports[target]
+        # A limit of what is not an answer needs all samples.
+        own = plan.spec.budget.int8
+        whole = own.max_abs is not None or own.noise is not None
         # What shapes a rung is what shapes the search, and its layers; how the search judges it is not.
-        inputs = {name: value for name, value in whole.inputs.items() if name not in ("step predict", "plan", "fallback")}
-        step = Step(str(plan.spec), "rung", str(target), dict(sorted({**inputs, "layers": ", ".join(tried.int8)}.items())))
+        inputs = {
+            name: value
+            for name, value in plan.exports[target].inputs.items()
+            if name not in ("step predict", "plan", "fallback")
+        }
+        inputs |= {"layers": ", ".join(tried.int8), "samples": "all" if whole else "answers"}
+        step = Step(str(plan.spec), "rung", str(target), dict(sorted(inputs.items())))
         exported = build.export(plan.base_of(target))
         artifact = Artifact(
             target.format,
@@ -150,7 +170,7 @@ class _Trials:
             step.key,
         )
         arguments = (artifact, exported.root, self.calibrated.root, tried.int8, plan.rest_of(target))
-        measured = (self.reference.root / SAMPLES, self.reference.root / REFERENCE, self.reference.info)
+        measured = (self.reference.root / SAMPLES, self.reference.root / REFERENCE, self.reference.info, whole)
         return build.cached(step, lambda out: build.run(rung, out, *arguments, *measured))
 
 
@@ -169,23 +189,13 @@ def _slower(build: Build, target: Target, reference: Entry, made: Entry) -> str:
     rest = build.plan.rest_of(target)
     other = Target(target.format, rest, target.opset)
     exported = build.export(other)
-    artifact = build.artifact(target, made.files, {**made.info, "fusions": {}}, made.key)
-    against = build.artifact(other, exported.files, exported.info, exported.key)
-    ratios: Mapping[str, float] = {}
-    for _ in range(CHANCES):
+    artifact, against = build.artifact(target, made), build.artifact(other, exported)
+    shown = ""
+    for _ in range(CHANCES):  # of which the last one's is told
         began = time.monotonic()
         ratios = build.run(faster, made.root, artifact, exported.root, against, reference.root / SAMPLES, reference.info)
-        mean = _mean(ratios)
         shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
-        build.tell_rung(target, "timed", f"against {rest}: {shown}", began)
-        if mean >= FASTER:
+        build.tell_rung(target, "timed", f"times as fast as {rest}: {shown}", began)
+        if ratios["all"] >= FASTER:
             return ""
-    return f"int8 is {mean:.2f} times as fast as {rest} here ({shown}), and should be at least {FASTER:g}"
-
-
-def _mean(ratios: Mapping[str, float]) -> float:
-    """The geometric mean."""
-    product = 1.0
-    for ratio in ratios.values():
-        product *= ratio
-    return float(product ** (1 / len(ratios)))
+    return f"int8 is {ratios['all']:.2f} times as fast as {rest} here ({shown}), and should be at least {FASTER:g}"

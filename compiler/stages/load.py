@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiler.accuracy import ANSWER, Answering
+from compiler.accuracy import ANSWER, CHOICE, Answering, problem
 from compiler.embedding import with_sentence_embedding
 from compiler.errors import ConfigError, SourceError, StageError
 from compiler.hashing import hash_files
@@ -384,7 +384,12 @@ def reference(
 
     answering = None
     if accurate:
-        answering = {"task": task, "pooling": pooling(snapshot), "mask_token": model.tokenizer.mask_token_id}
+        answering = {
+            "task": task,
+            "pooling": pooling(snapshot),
+            "mask_token": model.tokenizer.mask_token_id,
+            "problem": problem(model),
+        }
     _write_reference(out, answered(), described.outputs, keep, answering)
     samples = {f"{number:03d}.{name}": value for number, case in enumerate(counted) for name, value in case.inputs.items()}
     for number, case in enumerate(counted):
@@ -396,7 +401,8 @@ def reference(
         "cases": [_described(case) for case in counted],
         "keep": keep,
         "answering": answering,
-        "labels": None if labels is None else label_numbers(model, labels)[:MAX_ACCURACY_LINES],
+        # What a label of a regression is, or of several at once, the budget does not ask.
+        "labels": label_numbers(model, labels)[:MAX_ACCURACY_LINES] if labels and problem(model) == CHOICE else None,
         "left_out": list(model.left_out),
         "note": made.note,
         "positions": model.positions,

@@ -11,9 +11,9 @@ from typing import Any
 from compiler.backends import BACKENDS
 from compiler.config import Limits
 from compiler.errors import StageError
-from compiler.numerics import judge
+from compiler.numerics import Case, judge
 from compiler.quantization.rungs import bearable, first, ladder
-from compiler.samples import ACCURACY, MAX_ACCURACY_LINES, TEXT, read_cases, with_masks
+from compiler.samples import ACCURACY, EXTRA, MAX_ACCURACY_LINES, NONE, read_cases, with_masks
 from compiler.sources import pooling
 from compiler.stages.load import load
 from compiler.stages.validate import validate
@@ -112,10 +112,11 @@ def rung(
     samples: Path,
     reference: Path,
     known: Mapping[str, Any],
+    whole: bool,
 ) -> dict[str, Any]:
     """Make a plan's files below `out` and measure its answers: what the backend returned, and `outputs` as `validate` does.
 
-    Of a plan that is kept, `validate` runs all samples.
+    Of a plan that is kept, `validate` runs all samples; `whole` does so of each, for limits of what is not an answer.
     """
     from compiler.quantization.layers import LAYERS
     from compiler.quantization.layers import load as load_layers
@@ -125,28 +126,23 @@ def rung(
     # It is hashed when it is stored; to open it, paths are enough.
     artifact = replace(artifact, files=tuple(File(path, "", 0) for path in backend.files("int8")))
     began = time.monotonic()
-    outputs = validate(out, artifact, samples, reference, known, answers=True)
+    outputs = validate(out, artifact, samples, reference, known, answers=not whole)
     return {**made, "outputs": outputs, "milliseconds": round(1e3 * (time.monotonic() - began), 1)}
 
 
 def faster(
     root: Path, artifact: Artifact, other_root: Path, other: Artifact, samples: Path, known: Mapping[str, Any]
 ) -> dict[str, float]:
-    """How many times as fast an artifact is as another of its format, by shape: a full text alone, eight, and a padded batch.
+    """How many times as fast an artifact is as another of its format: `all`, a batch of each shape that `timed` chooses one
+    after the other, and of each by itself.
 
     Both are open in one process, as two models of one runtime, and take turns, with one thread each: two wait for each other
     on a busy machine.
     """
-    cases = read_cases(samples, known)
-    full = [case for case in cases if case.mask.all() and case.name not in (TEXT, ACCURACY)]
-    padded = [case for case in cases if case.name == ACCURACY] or cases
-    chosen = {
-        "one text": min(full, key=lambda case: (len(case.mask), -case.mask.shape[1])),
-        "a full batch": max(full, key=lambda case: (case.mask.size, len(case.mask))),
-        "a padded batch": max(padded, key=lambda case: case.mask.size),
-    }
+    chosen = timed(read_cases(samples, known))
     runners = [BACKENDS[made.format].open(folder, made, THREADS) for folder, made in ((root, artifact), (other_root, other))]
     ratios = {}
+    total = [0.0, 0.0]
     for name, case in chosen.items():
         inputs = case.inputs
         seconds: list[list[float]] = [[], []]
@@ -160,4 +156,17 @@ def faster(
                 own.append(time.perf_counter() - began)
         # The quickest of each: what a busy machine takes away is never the same for both, and never negative.
         ratios[name] = min(seconds[1]) / min(seconds[0])
-    return ratios
+        total = [total[0] + min(seconds[0]), total[1] + min(seconds[1])]
+    return {"all": total[1] / total[0], **ratios}
+
+
+def timed(cases: Sequence[Case]) -> dict[str, Case]:
+    """What is timed: of the shapes in pipeline.yaml, without padding, the shortest and the longest texts in the smallest and
+    the largest batch; and the largest batch of validation text."""
+    full: dict[tuple[int, ...], Case] = {}
+    for case in [case for case in cases if case.name == NONE][:-EXTRA]:
+        full.setdefault(case.shape, case)
+    ends = [sorted({shape[axis] for shape in full})[:: max(1, len({shape[axis] for shape in full}) - 1)] for axis in (0, -1)]
+    chosen = {"x".join(map(str, shape)): case for shape, case in full.items() if shape[0] in ends[0] and shape[-1] in ends[1]}
+    padded = max((case for case in cases if case.name == ACCURACY), key=lambda case: case.mask.size)
+    return {**chosen, f"text, {'x'.join(map(str, padded.shape))}": padded}

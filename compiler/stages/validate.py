@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compiler.accuracy import ANSWER, Answering, figures
 from compiler.backends import BACKENDS
 from compiler.errors import NumericsError
-from compiler.numerics import Case, Pair, compare, rows
+from compiler.numerics import Case, Pair, compare, noise, rows
 from compiler.samples import ACCURACY, read_cases
 from compiler.types import Artifact, Signature, Tensor
 from compiler.workers import THREADS
@@ -67,20 +67,27 @@ def validate(
             pairs[tensor.name].append(Pair(case, original, actual))
         if case.name == ACCURACY:
             texts.add(case, outputs)
+    answered = _accuracy(texts, expected, known) if int8 else {}
     if answers:
-        return _accuracy(texts, expected, known)
+        return answered
     compared = {tensor.name: compare(pairs[tensor.name], tensor, logits="logits" in tensor.name) for tensor in tensors}
     return (
-        {**{name: _coarse(result) for name, result in compared.items()}, **_accuracy(texts, expected, known)}
+        {**{tensor.name: _coarse(compared[tensor.name], pairs[tensor.name], tensor) for tensor in tensors}, **answered}
         if int8
         else compared
     )
 
 
-def _coarse(result: Mapping[str, Any]) -> dict[str, Any]:
+def _coarse(result: Mapping[str, Any], pairs: Sequence[Pair], tensor: Tensor) -> dict[str, Any]:
     """Of an int8 artifact's elements, what shows that a shape or a kind of padding goes wrong; the rest is for the answers."""
     kept = ("max_abs", "max_rel")
-    return {**result, **{part: {name: result[part][name] for name in kept} for part in ("figures", "worst")}}
+    least = {part: {name: result[part][name] for name in kept} for part in ("figures", "worst")}
+    share, where = noise(pairs, tensor)
+    return {
+        **result,
+        "figures": {**least["figures"], "noise": share},
+        "worst": {**least["worst"], "noise": where},
+    }
 
 
 def _accuracy(texts: Answering, expected: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import openvino
+import openvino.opset14 as ops
 import pytest
 import torch
 
 from compiler import cpu
 from compiler.backends import openvino as backend
+from compiler.fusions import openvino_int8
 from compiler.fusions.openvino_graph import every_node
-from compiler.quantization.layers import Layers, QuantizedLinear
+from compiler.quantization.layers import Layers, QuantizedLinear, digest
 from compiler.stages.load import run_eager
 from compiler.types import Model, Target
 from tests.backends.conftest import export
@@ -152,3 +154,33 @@ def test_the_same_layers_are_the_same_bytes(tmp_path: Path, exported: Path, laye
     backend.quantize(tmp_path, exported, Layers(layers), "fp32")
     for suffix in (".xml", ".bin"):
         assert (tmp_path / FILE).with_suffix(suffix).read_bytes() == made[0].with_suffix(suffix).read_bytes()
+
+
+def test_layers_with_one_input_and_different_ranges() -> None:
+    """Each has its own quantization of it."""
+    x = ops.parameter([-1, 8], np.float32)
+    weights = [RANDOM.standard_normal((4, 8)).astype(np.float32) for _ in range(2)]
+    made = [
+        QuantizedLinear(
+            f"layer {number}",
+            digest(weight),
+            np.clip(np.round(weight / 0.03), -127, 127).astype(np.int8),
+            np.full(4, 0.03, dtype=np.float32),
+            None,
+            scale,
+            128,
+            np.zeros(4, dtype=np.float32),
+        )
+        for number, (weight, scale) in enumerate(zip(weights, (0.02, 0.4), strict=True))
+    ]
+    products = [ops.matmul(x, ops.constant(weight), False, True) for weight in weights]
+    program = openvino.Model([ops.result(product) for product in products], [x])
+    done, arrays = openvino_int8.quantize(program, Layers(made))
+    assert len(done) == 2
+    rows = RANDOM.standard_normal((50, 8)).astype(np.float32)
+    compiled = openvino.Core().compile_model(program, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for layer, found in zip(made, compiled(rows).values(), strict=True):
+        steps = np.clip(np.round(rows / layer.scale), -128, 127) * layer.scale
+        expected = steps @ (layer.weight.astype(np.float32) * layer.weight_scale[:, None]).T
+        assert np.abs(found - expected).max() < 1e-3
+    del arrays

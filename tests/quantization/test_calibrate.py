@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from compiler.quantization.layers import LAYERS, Layers, digest, load
 from compiler.types import Model
 from tests.backends.conftest import load_checkpoint
 from tests.quantization.formula import formula, widened
+from tests.zoo import save_checkpoint
 
 MEAN = {"mode": "mean"}
 
@@ -181,10 +183,14 @@ class Odd(torch.nn.Module):
         self.decoder = torch.nn.Linear(6, 20)
         self.decoder.weight = self.table.weight
         self.pooler, self.unused = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        self.mixed, self.wild, self.original = (torch.nn.Linear(6, 6) for _ in range(3))
+        self.copy = deepcopy(self.original)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.table(input_ids)
         x = self.one(x) + self.other(x)
+        positions = torch.arange(24.0).reshape(1, 4, 6)
+        x = x + self.mixed(x) + self.copy(self.original(x)) + self.mixed(positions).mean() + self.wild(x / 0)
         pooled: torch.Tensor = self.pooler(x[:, 0]) + self.decoder(self.twin(x)).mean()
         return pooled
 
@@ -194,11 +200,16 @@ def test_layers_that_are_no_candidates(length: int) -> None:
     ids = torch.arange(4 * length).reshape(4, length) % 20
     text = Text({"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool), (0, 1, 2, 3), None)
     groups, left = collect(Odd(), [text])
-    assert [group.names for group in groups] == [("one", "other")]
+    assert [group.names for group in groups] == [("other",)]
     assert left == {
-        "twin": "it shares its weights with one",
+        "one": "its weights are those of twin as well",
+        "twin": "its weights are those of one as well",
+        "copy": "its weights are those of original as well",
+        "original": "its weights are those of copy as well",
         "decoder": "its weights are table's too",
-        "pooler": "it sees one row a text, which is no work",
+        "pooler": "it sees no token's row, such as one row a text, which is no work",
+        "mixed": "it sees what is no token's row as well, such as positions",
+        "wild": "its input is not finite on calibration text",
         "unused": "the model does not use it",
     }
 
@@ -307,5 +318,33 @@ def test_channels_alike_are_given_once() -> None:
 def test_departure_is_in_units_of_the_variance() -> None:
     before = np.random.default_rng(1).standard_normal((2000, 5)) * 7
     assert departure({"logits": before}, {"logits": before + 0.7}) == pytest.approx(0.01, rel=0.05)
-    spans = np.zeros((8, 2), dtype=np.int64)
-    assert departure({"span": spans}, {"span": np.where(np.arange(8)[:, None] < 2, 1, spans)}) == 0.25
+
+
+@pytest.mark.parametrize("task", ["question-answering", "multiple-choice", "text-classification", "token-classification"])
+def test_layers_of_every_task_are_told_apart(tmp_path: Path, task: str) -> None:
+    """Also where answers seldom change, such as spans, or stand several to a text, such as choices."""
+    model = load_checkpoint(save_checkpoint(tmp_path / task, "bert", task), task)
+    lines = [text for (text,) in texts(60, 3)]
+    columns = {"question-answering": 2, "multiple-choice": 3}.get(task, 1)
+    given = [tuple(lines[(number + column) % 60] for column in range(columns)) for number in range(60)]
+    known = calibration.calibrate(tmp_path, model, given[:32], given[32:], MEAN, 8)
+    errors = [group["error"] for group in known["groups"]]
+    assert len(errors) == len(set(errors)) >= 8
+    assert all(0 < error < 0.5 for error in errors)
+
+
+def test_excerpts_of_a_script_without_spaces() -> None:
+    line = "图书馆在星期天上午十点开门，晚上八点关门，读者可以借阅十本书。"
+    found = calibration.excerpts([(line,)] * 4)
+    assert [len(text) for (text,) in found] == [2, 4, 6, 8]
+    assert all(text in line for (text,) in found)
+
+
+def test_rows_that_are_kept_are_no_more_than_the_most(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a layer that is run once for each of the model's, too."""
+    monkeypatch.setattr(calibration, "MAX_ROWS", 256)
+    shared = load_checkpoint(save_checkpoint(tmp_path / "albert", "albert", num_hidden_layers=5))
+    given = list(batches(shared, texts(90, 4)))
+    assert sum(int(text.mask.sum()) for text in given) % 256
+    groups, _ = collect(shared.module, given)
+    assert {sum(map(len, group.rows)) for group in groups} <= set(range(128, 257 + 5))

@@ -26,6 +26,7 @@ from tests.test_store import small_disk
 VALIDATED = {
     "schema": 1,
     "data": {"name": "lines.jsonl", "sha256": "d" * 64, "lines": 3},
+    "calibration": {"name": "more.jsonl", "sha256": "e" * 64, "samples": 2, "held": 0},
     "cpu": "avx2",
     "threads": 1,
     "artifacts": [

@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -21,9 +23,11 @@ from compiler.config import DEFAULT_LIMITS, ModelSpec, OnnxTargets, Targets
 from compiler.errors import NumericsError
 from compiler.hashing import hash_folder
 from compiler.numerics import judge
+from compiler.samples import LEFT, NONE, TEXT, read_cases
 from compiler.sources import resolve
+from compiler.stages import validate as stage
 from compiler.stages.export import export
-from compiler.stages.load import REFERENCE, SAMPLES, load, reference
+from compiler.stages.load import REFERENCE, SAMPLES, load, reference, run_eager
 from compiler.stages.validate import validate
 from compiler.types import Artifact, Check, Model, Snapshot, Target
 from tests.backends.conftest import export as export_artifact
@@ -283,3 +287,43 @@ def test_a_file_that_does_not_open(bench: Bench, tmp_path: Path, name: str, cont
 def test_an_artifact_of_another_model(bench: Bench, answers: Bench) -> None:
     message = bench.error("torchscript", answers.sound("torchscript"))
     assert "no output last_hidden_state; it has start_logits" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil"),
+    [
+        (NONE, lambda values: np.full_like(values, np.nan)),
+        (LEFT, lambda values: np.full_like(values, np.nan)),
+        (NONE, lambda values: values[:, ::-1]),
+        (LEFT, np.zeros_like),
+        (TEXT, lambda values: np.roll(values, 1, axis=1)),
+    ],
+    ids=["nan", "nan, padded on the left", "turned round", "zeros, padded on the left", "moved by a token"],
+)
+def test_int8_is_held_to_every_shape_and_padding(
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: str, spoil: Callable[[Any], Any]
+) -> None:
+    """Its answers come from batches that are padded on the right; what goes wrong elsewhere must not pass for that."""
+    lines = [(" ".join(text for (text,) in TEXTS[FEATURES])[number:],) for number in range(20)]
+    known = reference(tmp_path, bench.snapshot, FEATURES, lines, (1, 3), (8, 16), {}, accurate=True)
+    cases = {case.inputs["input_ids"].tobytes() + case.mask.tobytes(): case for case in read_cases(tmp_path / SAMPLES, known)}
+    model = load(bench.snapshot, FEATURES)
+
+    def figures(wrong: str) -> list[Check]:
+        def runner(inputs: Any) -> dict[str, Any]:
+            outputs = run_eager(model, inputs)
+            mask = inputs["attention_mask"].astype(bool)
+            name = cases[inputs["input_ids"].tobytes() + mask.tobytes()].name
+            return {key: spoil(value) for key, value in outputs.items()} if name == wrong else outputs
+
+        backend = SimpleNamespace(open=lambda *_: runner)
+        monkeypatch.setattr(stage, "BACKENDS", {"onnx": backend})
+        artifact = Artifact("onnx", "int8", (), {}, key="")
+        return list(
+            judge(validate(tmp_path, artifact, tmp_path / SAMPLES, tmp_path / REFERENCE, known), DEFAULT_LIMITS["int8"])
+        )
+
+    assert all(check.passed for check in figures("none"))
+    failed = [check for check in figures(kind) if not check.passed]
+    assert {check.name for check in failed} == {"noise"}
+    assert f"all samples with {kind} together" in failed[0].worst
