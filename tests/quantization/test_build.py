@@ -34,7 +34,7 @@ from compiler.store import Store
 from compiler.tasks import LISTS, TASKS
 from compiler.types import Artifact, Event
 from tests.conftest import Command, error_line, write_pipeline
-from tests.zoo import save_checkpoint
+from tests.zoo import ENCODERS, save_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 WIDE = {"cosine": 0.5, "neighbours": 0, "rank": 0}
@@ -319,8 +319,13 @@ def test_how_many_times_as_fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", [task for task, entry in TASKS.items() if entry.modality == "text"])
-@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "modernbert", "deberta-v2"])
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        *(("bert", task) for task, entry in TASKS.items() if entry.modality == "text"),
+        *((name, "text-classification") for name in ENCODERS if name != "bert"),
+    ],
+)
 def test_every_format_of_every_task(
     tmp_path: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, task: str
 ) -> None:
