@@ -222,6 +222,44 @@ def test_the_fastest_by_the_benchmark(read: tuple[Manifest, tuple[Report, ...]],
     assert chosen(read, benchmark_of(speeds), "openvino", "bf16") == "openvino bf16"
 
 
+def with_needs(read: tuple[Manifest, tuple[Report, ...]]) -> Manifest:
+    """OpenVINO's artifacts as int8 ones are: right where sums of products are wide."""
+    artifacts = [replace(one, needs=cpu.WIDE_SUMS) if one.format == "openvino" else one for one in read[0].artifacts]
+    return replace(read[0], artifacts=tuple(artifacts))
+
+
+def test_last_what_was_not_shown_to_be_right_here(
+    read: tuple[Manifest, tuple[Report, ...]], features: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where only a cap takes the instructions away; who asks for it all the same is warned."""
+    whole = (with_needs(read), read[1])
+    features("x86_64 avx2 avx512f avx512_vnni")
+    assert chosen(whole, None) == "openvino fp32"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert chosen(whole, None) == "onnx fp32"
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    features("x86_64 avx2")
+    assert chosen(whole, None) == "onnx fp32"
+    assert chosen(whole, None, "openvino", "fp32") == "openvino fp32"
+
+
+def test_it_warns_where_it_was_not_shown_to_be_right(
+    folder: Path,
+    read: tuple[Manifest, tuple[Report, ...]],
+    features: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(runtime, "read_release", lambda _: (with_needs(read), read[1]))
+    features("x86_64 avx2 avx512f avx512_vnni")
+    runtime.load(folder, format="openvino", precision="fp32")
+    assert "saturate" not in caplog.text
+    features("x86_64 avx2 avx512f")
+    runtime.load(folder, format="openvino", precision="fp32")
+    assert "openvino fp32 was validated on a CPU with amx_int8 or avx512_vnni" in caplog.text
+    assert "sums of its 8-bit products may saturate here; build it with quantize: {cpu: avx2}" in caplog.text
+
+
 def test_the_order_without_a_benchmark(read: tuple[Manifest, tuple[Report, ...]]) -> None:
     assert chosen(read, None) == "openvino fp32"
     elsewhere = benchmark_of({"onnx fp32": (9.0,)}, machine="another")
