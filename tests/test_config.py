@@ -515,7 +515,7 @@ def test_default_limits() -> None:
     budget = only_model(model()).budget
     assert budget.limits("fp32").model_dump(exclude_none=True) == {"max_abs": 1e-4, "cosine": 0.999999}
     assert budget.limits("bf16").model_dump(exclude_none=True) == {"cosine": 0.999, "argmax": 0.98}
-    expected = {"cosine": 0.98, "neighbours": 0.95, "argmax": 0.95, "spans": 0.95, "drop": 0.01}
+    expected = {"cosine": 0.98, "neighbours": 0.95, "argmax": 0.95, "spans": 0.95, "drop": 0.01, "rank": 0.95, "noise": 0.5}
     assert budget.limits("int8").model_dump(exclude_none=True) == expected
     assert set(DEFAULT_LIMITS) == {"fp32", "bf16", "int8"}
 
