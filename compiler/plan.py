@@ -68,7 +68,7 @@ TALK = (
     "stages/publish.py",
 )
 # The texts that a layer's share in the error is measured on; with fewer left over, some of the samples serve.
-LEAST_HELD, MOST_HELD = 64, 96
+HELD = 64
 # How a step's inputs name the hash of a backend's module.
 CODE_OF = "code of "
 # Files of a checkpoint that travel with a release but that no computation reads.
@@ -438,10 +438,10 @@ def read_calibration(named: CalibrationFile, task: str, folder: Path, validation
             f"data.calibration: {path}: holds {len(lines)} different texts and samples: asks for {named.samples}; give more "
             "text, or lower samples:"
         )
-    held = lines[named.samples :][:MOST_HELD]
-    apart = len(held) >= LEAST_HELD
+    held = lines[named.samples :][:HELD]
+    apart = len(held) == HELD
     samples = tuple(lines[: named.samples])
-    return Calibration(texts.name, texts.sha256, samples, tuple(held) if apart else samples[:MOST_HELD], apart)
+    return Calibration(texts.name, texts.sha256, samples, tuple(held) if apart else samples[:HELD], apart)
 
 
 def _content(line: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ from compiler import cpu, plan
 from compiler.backends import BACKENDS
 from compiler.config import CalibrationFile, ModelSpec
 from compiler.errors import ConfigError
-from compiler.plan import LEAST_HELD, LOAD_LIBRARIES, MOST_HELD, PACKAGE_LIBRARIES, Plan, Texts, make_plan, read_calibration
+from compiler.plan import HELD, LOAD_LIBRARIES, PACKAGE_LIBRARIES, Plan, Texts, make_plan, read_calibration
 from compiler.sources import resolve
 from compiler.types import Target
 
@@ -105,11 +105,11 @@ def refused(folder: Path, named: CalibrationFile) -> str:
 
 
 def test_calibration_text_is_drawn_by_its_seed(tmp_path: Path) -> None:
-    texts = [f"text {number}" for number in range(16 + LEAST_HELD)]
+    texts = [f"text {number}" for number in range(16 + HELD)]
     named = calibration_file(tmp_path, [*texts, "TEXT  1", *texts])
     drawn = read_calibration(named, "feature-extraction", tmp_path, VALIDATION)
     assert sorted(drawn.samples + drawn.held) == sorted((text,) for text in texts)  # the same text is there once
-    assert (len(drawn.samples), len(drawn.held)) == (16, LEAST_HELD)
+    assert (len(drawn.samples), len(drawn.held)) == (16, HELD)
     assert drawn == read_calibration(named, "feature-extraction", tmp_path, VALIDATION)
     other = read_calibration(named.model_copy(update={"seed": 1}), "feature-extraction", tmp_path, VALIDATION)
     assert set(other.samples) != set(drawn.samples)
@@ -123,11 +123,11 @@ def test_the_order_of_the_file_is_nothing(tmp_path: Path) -> None:
 
 
 def test_layers_are_judged_on_the_samples_where_little_is_left_over(tmp_path: Path) -> None:
-    few = calibration_file(tmp_path, [f"text {number}" for number in range(16 + LEAST_HELD - 1)])
+    few = calibration_file(tmp_path, [f"text {number}" for number in range(16 + HELD - 1)])
     drawn = read_calibration(few, "feature-extraction", tmp_path, VALIDATION)
     assert drawn.held == drawn.samples
-    many = calibration_file(tmp_path, [f"text {number}" for number in range(16 + MOST_HELD + 5)])
-    assert len(read_calibration(many, "feature-extraction", tmp_path, VALIDATION).held) == MOST_HELD
+    many = calibration_file(tmp_path, [f"text {number}" for number in range(16 + HELD + 5)])
+    assert len(read_calibration(many, "feature-extraction", tmp_path, VALIDATION).held) == HELD
 
 
 @pytest.mark.parametrize("text", ["Nobody came.", "  nobody  CAME. "])

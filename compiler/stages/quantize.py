@@ -83,6 +83,7 @@ def predict(
 
     torch.set_num_threads(LOAD_THREADS)
     model = load(snapshot, task, aside=out, **options)
+    calibration.speed_up(model.module)
     how = pooling(snapshot)
     names = [name for group in groups for name in group["names"]]
     layers = load_layers(calibrated / LAYERS, names)

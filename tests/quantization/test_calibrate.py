@@ -300,7 +300,8 @@ def test_wide_channels_cost_the_others_nothing() -> None:
     assert np.delete(times, 5).max() <= 2
     assert layer.offset[layer.repeated == 5] == pytest.approx(np.arange(1, times[5]) / times[5])
     weight = part.weight.detach()
-    smoothed, _ = calibration._rounded(calibration.Quantizer.make(group, weight, 0.8), ("one",), [weight], rows, 127)
+    quantizer = calibration.Quantizer.make(group, weight, 0.8)
+    smoothed, _ = calibration._rounded(quantizer, ("one",), [weight], rows, rows @ weight.T, 127)
     exact = part(rows).detach()
     wide, narrow = (float(((formula(rows, one, part.bias).detach() - exact) ** 2).mean()) for one in (layer, smoothed[0]))
     assert wide < 0.2 * narrow
