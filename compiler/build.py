@@ -244,9 +244,8 @@ class Build:
 
     def check_limits(self, target: str, precision: str, figures: Mapping[str, Any]) -> None:
         """Raise ConfigError for a limit in pipeline.yaml of what there is no figure of: nobody would hold it."""
-        own: Limits = getattr(self.plan.spec.budget, precision)
         there = {name: None for result in figures.values() for name in result["figures"] if name in Limits.model_fields}
-        if missing := [name for name in own.model_dump(exclude_none=True) if name not in there]:
+        if missing := [name for name in self.plan.spec.budget.asked(precision) if name not in there]:
             raise ConfigError(
                 f"{self.plan.spec}: budget.{precision}.{missing[0]}: {target} has no such figure with this task and this "
                 f"validation text; it has {', '.join(there)}"

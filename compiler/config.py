@@ -108,6 +108,12 @@ class Budget(Strict):
         own: Limits = getattr(self, precision)
         return own.over(DEFAULT_LIMITS[precision])
 
+    def asked(self, precision: str) -> dict[str, float]:
+        """The limits that are not the default: a manifest's entry, which a release is built again from, has all of them."""
+        own: Limits = getattr(self, precision)
+        default = DEFAULT_LIMITS[precision].model_dump()
+        return {name: limit for name, limit in own.model_dump(exclude_none=True).items() if limit != default[name]}
+
 
 Precisions = Annotated[tuple[Precision, ...], Field(min_length=1)]
 

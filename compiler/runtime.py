@@ -136,7 +136,8 @@ def asked_for(manifest: Manifest, where: str, format: str | None, precision: str
     ]
     if not found:
         asked = " ".join(filter(None, (format, precision)))
-        raise InputError(f"{where}: no {asked} artifact; the release has {_every(manifest)}")
+        why = f" ({manifest.refused[asked]})" if asked in manifest.refused else ""
+        raise InputError(f"{where}: no {asked} artifact{why}; the release has {_every(manifest)}")
     return found
 
 

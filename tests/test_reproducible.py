@@ -232,6 +232,13 @@ def test_rebuild(command: Command, tmp_path: Path, release: Path) -> None:
     assert not (tmp_path / "pipeline.lock").exists()
 
 
+def test_rebuild_under_default_limits(command: Command, tmp_path: Path, bert: Path) -> None:
+    """Also under those of what this task has no figure of, which a manifest's entry holds beside the others."""
+    built = build_folder(tmp_path / "low", bert, targets={"openvino": ["fp32", "bf16"]})
+    result = command("verify", built / "artifacts/tiny/1.0.0", "--rebuild")
+    assert result.returncode == 0, result.stderr
+
+
 def test_rebuild_names_what_differs(command: Command, tmp_path: Path, release: Path) -> None:
     """A sound release whose manifest fits, that was not made from the checkpoint it names."""
     flip(release / "torchscript/model.pt")

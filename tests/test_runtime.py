@@ -284,6 +284,12 @@ def test_never_what_is_not_installed(read: tuple[Manifest, tuple[Report, ...]], 
         choose(*read, "openvino")
 
 
+def test_why_a_file_was_left_out(read: tuple[Manifest, tuple[Report, ...]]) -> None:
+    manifest = replace(read[0], refused={"onnx int8": "int8 is too slow here"})
+    with pytest.raises(InputError, match=r"no onnx int8 artifact \(int8 is too slow here\); the release has "):
+        choose(manifest, read[1], "onnx", "int8")
+
+
 def test_what_the_release_has_not(folder: Path) -> None:
     with pytest.raises(InputError, match="no onnx int8 artifact; the release has torchscript fp32, onnx fp32, openvino"):
         compiler.load(folder, "onnx", "int8")

@@ -55,6 +55,8 @@ def inspect(release: Path, as_json: bool) -> None:
     click.echo(f"signed    {'yes; compile verify --key checks it' if signed else 'no'}")
     click.echo()
     table(manifest, reports, release)
+    for target, reason in manifest.refused.items():
+        click.echo(f"\nwithout {target}: {reason}")
     for artifact in manifest.artifacts:
         click.echo(f"\n{artifact.files[0].path}")
         click.echo(f"  runtime  {pairs(artifact.runtime)}" + (f", opset {artifact.opset}" if artifact.opset else ""))

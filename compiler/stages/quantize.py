@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,8 +23,9 @@ from compiler.workers import LOAD_THREADS, THREADS
 
 # An int8 artifact that is not faster by this much than the next precision is a defect.
 FASTER = 1.1
-# It is timed in turn with that one, so often; a machine that is busy gets a second and a third chance.
-ROUNDS, CHANCES = 9, 3
+# It is timed in turn with that one, so often. What comes out within these shares of that is looked at again, up to so often,
+# and the quickest of all looks counts, for both: another look must not be another chance.
+ROUNDS, LOOKS, CLOSE = 9, 3, (0.77, 1.05)
 # What is emulated has such shares of the error of all layers. Two, since the figures of one plan are off by chance.
 SHARES = (0.25, 0.5)
 
@@ -115,35 +117,43 @@ def rung(
     known: Mapping[str, Any],
     whole: bool,
 ) -> dict[str, Any]:
-    """Make a plan's files below `out` and measure its answers: what the backend returned, and `outputs` as `validate` does.
+    """Measure the answers of a plan: `outputs` as `validate` has them. Its files are made below `out` and not kept: most plans
+    that are tried are none that anybody needs, and `settle` makes the same again.
 
-    Of a plan that is kept, `validate` runs all samples; `whole` does so of each, for limits of what is not an answer.
+    Of the one that is kept, `validate` runs all samples; `whole` does so of each, for limits of what is not an answer.
     """
+    settle(out, artifact, exported, calibrated, names, rest)
+    # Nobody hashes them; to open them, paths are enough.
+    artifact = replace(artifact, files=tuple(File(path, "", 0) for path in BACKENDS[artifact.format].files("int8")))
+    began = time.monotonic()
+    outputs = validate(out, artifact, samples, reference, known, answers=not whole)
+    spent = round(1e3 * (time.monotonic() - began), 1)
+    for made in out.iterdir():
+        shutil.rmtree(made)
+    return {"outputs": outputs, "milliseconds": spent}
+
+
+def settle(
+    out: Path, artifact: Artifact, exported: Path, calibrated: Path, names: Sequence[str], rest: Precision
+) -> dict[str, Any]:
+    """Make a plan's files below `out`, and return what the backend says of them."""
     from compiler.quantization.layers import LAYERS
     from compiler.quantization.layers import load as load_layers
 
-    backend = BACKENDS[artifact.format]
-    made = backend.quantize(out, exported, load_layers(calibrated / LAYERS, names), rest)
-    # It is hashed when it is stored; to open it, paths are enough.
-    artifact = replace(artifact, files=tuple(File(path, "", 0) for path in backend.files("int8")))
-    began = time.monotonic()
-    outputs = validate(out, artifact, samples, reference, known, answers=not whole)
-    return {**made, "outputs": outputs, "milliseconds": round(1e3 * (time.monotonic() - began), 1)}
+    return BACKENDS[artifact.format].quantize(out, exported, load_layers(calibrated / LAYERS, names), rest)
 
 
 def faster(
     root: Path, artifact: Artifact, other_root: Path, other: Artifact, samples: Path, known: Mapping[str, Any]
-) -> dict[str, float]:
-    """How many times as fast an artifact is as another of its format: `all`, a batch of each shape that `timed` chooses one
-    after the other, and of each by itself.
+) -> dict[str, tuple[float, float]]:
+    """How long an artifact takes, and another of its format, of each shape that `timed` chooses: the quickest batch, seconds.
 
     Both are open in one process, as two models of one runtime, and take turns, with one thread each: two wait for each other
     on a busy machine.
     """
     chosen = timed(read_cases(samples, known))
     runners = [BACKENDS[made.format].open(folder, made, THREADS) for folder, made in ((root, artifact), (other_root, other))]
-    ratios = {}
-    total = [0.0, 0.0]
+    quickest = {}
     for name, case in chosen.items():
         inputs = case.inputs
         seconds: list[list[float]] = [[], []]
@@ -155,10 +165,16 @@ def faster(
                 began = time.perf_counter()
                 runner(inputs)
                 own.append(time.perf_counter() - began)
-        # The quickest of each: what a busy machine takes away is never the same for both, and never negative.
-        ratios[name] = min(seconds[1]) / min(seconds[0])
-        total = [total[0] + min(seconds[0]), total[1] + min(seconds[1])]
-    return {"all": total[1] / total[0], **ratios}
+        # What a busy machine takes away is never the same for both, and never negative.
+        quickest[name] = (min(seconds[0]), min(seconds[1]))
+    return quickest
+
+
+def times_as_fast(quickest: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """How many times as fast the first is as the second: `all`, a batch of each shape one after the other, and of each by
+    itself."""
+    own, other = (sum(times) for times in zip(*quickest.values(), strict=True))
+    return {"all": other / own, **{name: theirs / ours for name, (ours, theirs) in quickest.items()}}
 
 
 def timed(cases: Sequence[Case]) -> dict[str, Case]:
