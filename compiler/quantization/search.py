@@ -5,6 +5,7 @@ Each rung is an entry of the cache, so a search that was killed goes on where it
 
 from __future__ import annotations
 
+import difflib
 import math
 import time
 from collections.abc import Mapping
@@ -83,7 +84,9 @@ def _given(named: tuple[str, ...], first: Rung, known: Mapping[str, Any], where:
     layers = (*first.out, *first.int8)
     every = (*layers, *known["tables"])
     if unknown := [name for name in named if name not in every and name not in known["left"]]:
-        raise ConfigError(f"{where}: {unknown[0]} is no layer that can be int8; there are {', '.join(every[:4])} …")
+        close = difflib.get_close_matches(unknown[0], every, n=1, cutoff=0.9)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(every[:4])} …"
+        raise ConfigError(f"{where}: {unknown[0]} is no layer that can be int8; {hint}")
     if set(layers) <= set(named):
         raise ConfigError(f"{where}: leaves no layer in int8; leave int8 out of targets: instead")
     out = tuple(name for name in every if name in named)
