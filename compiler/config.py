@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compiler.backends import BACKENDS
-from compiler.errors import ConfigError, RegistryError
+from compiler.errors import ConfigError, RegistryError, meant
 from compiler.tasks import TaskName
 from compiler.types import Precision, Target
 
@@ -421,8 +420,7 @@ def _problem(detail: Any, root: yaml.Node | None, where: str) -> str:
     kind, message = detail["type"], detail["msg"]
     if kind == "extra_forbidden":
         valid = _valid_keys(location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"valid here: {', '.join(valid)}"
+        hint = meant(str(location[-1]), valid, f"valid here: {', '.join(valid)}")
         message = f"unknown key; {hint}"
     elif kind == "missing":
         message = "this key is missing; add it"
@@ -430,8 +428,7 @@ def _problem(detail: Any, root: yaml.Node | None, where: str) -> str:
         message = f"{detail['input']!r} is not valid here: {_pattern(location) or message}"
     elif kind == "literal_error":
         expected = [word.strip("' ") for word in re.split(r",| or ", detail["ctx"]["expected"])]
-        close = difflib.get_close_matches(str(detail["input"]), expected, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(expected)}"
+        hint = meant(str(detail["input"]), expected, f"one of {', '.join(expected)}")
         message = f"unknown value {detail['input']!r}; {hint}"
     elif kind == "string_type":
         whole = ' in full, such as "1.0.0"' if location[-1] == "release" else ""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,3 +78,9 @@ class SigningError(CompileError):
 
 class RegistryError(CompileError):
     """A registry refused, cannot be reached, or holds what must not be used."""
+
+
+def meant(word: str, valid: Sequence[str], otherwise: str, cutoff: float = 0.5) -> str:
+    """What a message about a misspelt word ends in: the valid one that is meant, or `otherwise` where none is so near."""
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=cutoff)
+    return f"did you mean {close[0]!r}?" if close else otherwise

@@ -5,7 +5,6 @@ Each rung is an entry of the cache, so a search that was killed goes on where it
 
 from __future__ import annotations
 
-import difflib
 import math
 import time
 from collections.abc import Mapping
@@ -13,15 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiler.backends import BACKENDS
-from compiler.errors import ConfigError, NumericsError, SlowError
+from compiler.errors import ConfigError, NumericsError, SlowError, meant
 from compiler.hashing import hash_folder
 from compiler.numerics import judge
 from compiler.quantization.rungs import Rung, bearable, climb, cost, first, ladder, room
 from compiler.stages.load import REFERENCE, SAMPLES
 from compiler.stages.quantize import CLOSE, FASTER, LOOKS, faster, rung, settle, times_as_fast
 from compiler.store import Entry, Step
-from compiler.types import Artifact, Check, Target
+from compiler.types import Check, Target
 
 if TYPE_CHECKING:
     from compiler.build import Build, Candidate
@@ -84,8 +82,7 @@ def _given(named: tuple[str, ...], first: Rung, known: Mapping[str, Any], where:
     layers = (*first.out, *first.int8)
     every = (*layers, *known["tables"])
     if unknown := [name for name in named if name not in every and name not in known["left"]]:
-        close = difflib.get_close_matches(unknown[0], every, n=1, cutoff=0.9)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(every[:4])} …"
+        hint = meant(unknown[0], every, f"there are {', '.join(every[:4])} …", cutoff=0.9)
         raise ConfigError(f"{where}: {unknown[0]} is no layer that can be int8; {hint}")
     if set(layers) <= set(named):
         raise ConfigError(f"{where}: leaves no layer in int8; leave int8 out of targets: instead")
@@ -163,7 +160,7 @@ class _Trials:
         return self.build.cached(step, lambda out: self.build.run(rung, out, *arguments, *measured))
 
     def _step(self, tried: Rung, **more: str) -> tuple[Step, tuple[Any, ...]]:
-        """What a plan's figures are an entry of, and the arguments by which its files are made."""
+        """What a plan's figures are an entry of, and the arguments of `settle` for its files."""
         build, target, plan = self.build, self.target, self.build.plan
         # What shapes a rung is what shapes the search, and its layers; how the search judges it is not.
         inputs = {
@@ -174,8 +171,7 @@ class _Trials:
         inputs |= {"layers": ", ".join(tried.int8), **more}
         step = Step(str(plan.spec), "rung", str(target), dict(sorted(inputs.items())))
         exported, rest = build.export(plan.base_of(target)), plan.rest_of(target)
-        artifact = Artifact(target.format, target.precision, (), BACKENDS[target.format].runtime(rest), step.key)
-        return step, (artifact, exported.root, self.calibrated.root, tried.int8, rest)
+        return step, (target.format, exported.root, self.calibrated.root, tried.int8, rest)
 
 
 def _miss(check: Check) -> float:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ from compiler.samples import ACCURACY, EXTRA, MAX_ACCURACY_LINES, NONE, read_cas
 from compiler.sources import pooling
 from compiler.stages.load import load
 from compiler.stages.validate import validate
-from compiler.types import Artifact, File, Precision, Snapshot
+from compiler.store import remove
+from compiler.types import Artifact, File, Model, Precision, Snapshot
 from compiler.workers import LOAD_THREADS, THREADS
 
 # An int8 artifact that is not faster by this much than the next precision is a defect.
@@ -41,12 +40,9 @@ def calibrate(
 ) -> dict[str, Any]:
     """See `compiler.quantization.calibrate.calibrate`. Raises SourceError as `load` does, and StageError for a model without
     a linear layer that is worth it."""
-    import torch
-
     from compiler.quantization import calibrate as calibration
 
-    torch.set_num_threads(LOAD_THREADS)
-    model = load(snapshot, task, aside=out, **options)
+    model = _load(out, snapshot, task, options)
     known = calibration.calibrate(out, model, with_masks(model, samples), with_masks(model, held), pooling(snapshot), bits)
     if not known["groups"]:
         raise StageError("the model has no linear layer that int8 would make faster; leave int8 out of targets:")
@@ -76,16 +72,12 @@ def predict(
         `bears`, the error: the geometric mean of what each emulation lets expect; and `tried`, of each of them the layers that
         were left `out` and the `figures`.
     """
-    import torch
-
     from compiler.accuracy import figures
     from compiler.quantization import calibrate as calibration
     from compiler.quantization.layers import LAYERS
     from compiler.quantization.layers import load as load_layers
 
-    torch.set_num_threads(LOAD_THREADS)
-    model = load(snapshot, task, aside=out, **options)
-    calibration.speed_up(model.module)
+    model = _load(out, snapshot, task, options)
     how = pooling(snapshot)
     names = [name for group in groups for name in group["names"]]
     layers = load_layers(calibrated / LAYERS, names)
@@ -105,9 +97,21 @@ def predict(
     return {"bears": bears ** (1 / len(tried)), "tried": tried}
 
 
+def _load(out: Path, snapshot: Snapshot, task: str, options: Mapping[str, bool]) -> Model:
+    """The original, for as much to be run through it as takes most of a job's time."""
+    import torch
+
+    from compiler.quantization.calibrate import speed_up
+
+    torch.set_num_threads(LOAD_THREADS)
+    model = load(snapshot, task, aside=out, **options)
+    speed_up(model.module)
+    return model
+
+
 def rung(
     out: Path,
-    artifact: Artifact,
+    format: str,
     exported: Path,
     calibrated: Path,
     names: Sequence[str],
@@ -122,25 +126,24 @@ def rung(
 
     Of the one that is kept, `validate` runs all samples; `whole` does so of each, for limits of what is not an answer.
     """
-    settle(out, artifact, exported, calibrated, names, rest)
+    settle(out, format, exported, calibrated, names, rest)
+    backend = BACKENDS[format]
     # Nobody hashes them; to open them, paths are enough.
-    artifact = replace(artifact, files=tuple(File(path, "", 0) for path in BACKENDS[artifact.format].files("int8")))
+    artifact = Artifact(format, "int8", tuple(File(path, "", 0) for path in backend.files("int8")), backend.runtime(rest), "")
     began = time.monotonic()
     outputs = validate(out, artifact, samples, reference, known, answers=not whole)
     spent = round(1e3 * (time.monotonic() - began), 1)
     for made in out.iterdir():
-        shutil.rmtree(made)
+        remove(made)
     return {"outputs": outputs, "milliseconds": spent}
 
 
-def settle(
-    out: Path, artifact: Artifact, exported: Path, calibrated: Path, names: Sequence[str], rest: Precision
-) -> dict[str, Any]:
+def settle(out: Path, format: str, exported: Path, calibrated: Path, names: Sequence[str], rest: Precision) -> dict[str, Any]:
     """Make a plan's files below `out`, and return what the backend says of them."""
     from compiler.quantization.layers import LAYERS
     from compiler.quantization.layers import load as load_layers
 
-    return BACKENDS[artifact.format].quantize(out, exported, load_layers(calibrated / LAYERS, names), rest)
+    return BACKENDS[format].quantize(out, exported, load_layers(calibrated / LAYERS, names), rest)
 
 
 def faster(

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import compiler
 from compiler.accuracy import nearest
 from compiler.backends import BACKENDS
 from compiler.build import Build, Context, planned
+from compiler.cli import cli
 from compiler.config import read
 from compiler.errors import ConfigError, NumericsError, StageError
 from compiler.manifest import MANIFEST
@@ -148,6 +150,8 @@ def test_int8_that_is_not_faster(
         r"times as fast as fp32 here \(all [\d.]+, 1x16 [\d.]+, 1x33 .*, 3x33 [\d.]+, text, 16x\d+ [\d.]+\)", told
     )
     assert not list(release.path.rglob("*qint8*"))
+    shown = CliRunner().invoke(cli, ["inspect", str(release.path)]).output
+    assert "\nwithout openvino int8: int8 is not 1.1 times as fast as fp32 where this was built\n" in shown
     assert [row["state"] for row in planned(plan, one.output, one.store)] == ["current"] * len(list(plan.steps))
     assert build_model(plan, one).made is False
     assert not Build(plan, one).recall()  # it is timed again, and nothing else is done again
