@@ -22,7 +22,7 @@ from compiler.modalities import MODALITIES
 from compiler.sources import infer_task
 from compiler.store import Step, Store
 from compiler.tasks import FILES, TASKS, parse_line, read_label
-from compiler.types import LEAST_TEXTS, Precision, Snapshot, Target
+from compiler.types import HELD, LEAST_TEXTS, Precision, Snapshot, Target
 from compiler.workers import LOAD_THREADS, THREADS
 
 PACKAGE = Path(__file__).parent
@@ -67,8 +67,6 @@ TALK = (
     "signing.py",
     "stages/publish.py",
 )
-# The texts that a layer's share in the error is measured on; with fewer left over, some of the samples serve.
-HELD = 64
 # How a step's inputs name the hash of a backend's module.
 CODE_OF = "code of "
 # Files of a checkpoint that travel with a release but that no computation reads.
@@ -393,7 +391,7 @@ def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -
     except UnicodeDecodeError as error:
         raise ConfigError(f"{key}: {path}: not UTF-8 text") from error
     numbered = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
-    lines = tuple(parse_line(line, task, f"{path}:{number}") for number, line in numbered)
+    lines = tuple(parse_line(line, task, f"{key}: {path}:{number}") for number, line in numbered)
     if not lines:
         raise ConfigError(f"{key}: {path}: holds no line; give one JSON object a line")
     sha256 = hashlib.sha256(read).hexdigest()

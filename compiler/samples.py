@@ -111,6 +111,16 @@ def together(model: Model, texts: Sequence[tuple[str, ...]]) -> dict[str, np.nda
     return {name: np.ascontiguousarray(value[..., :length]) for name, value in inputs.items()}
 
 
+def shortened(model: Model, texts: Sequence[tuple[str, ...]], kind: str) -> str:
+    """What a user is told of texts that `together` cuts, which are of some `kind`; empty when it cuts none."""
+    most = min(model.positions or LONGEST, LONGEST)
+    if model.task == "multiple-choice":
+        texts = [(text, choice) for text, *choices in texts for choice in choices]
+    columns = [list(column) for column in zip(*with_masks(model, texts), strict=True)]
+    cut = sum(len(ids) > most for ids in model.tokenizer(*columns, verbose=False)["input_ids"])
+    return f"{cut} of {len(texts)} {kind} texts have more than {most} tokens and are cut" if cut else ""
+
+
 def masked_places(model: Model, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
     """For fill-mask, where the masked tokens are, bool `[batch, sequence]`."""
     return ids == model.tokenizer.mask_token_id if model.task == "fill-mask" else None

@@ -87,7 +87,7 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     list of others.
 
     Raises:
-        ConfigError: the line is not a JSON object, or lacks a field of the task. `where` is `file:line`.
+        ConfigError: the line is not a JSON object, or lacks a field of the task. `where` says which line it is.
     """
     try:
         line = json.loads(text)

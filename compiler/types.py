@@ -17,6 +17,8 @@ Precision = Literal["fp32", "bf16", "int8"]
 AT_MOST = ("max_abs", "max_rel", "kl", "drop", "noise")
 #: Fewer texts than this say nothing of which of them are neighbours.
 LEAST_TEXTS = 16
+#: The texts that a layer's share in the error is measured on; with fewer left over, some of the samples serve.
+HELD = 64
 #: Named arrays in, named arrays out: an artifact opened in its runtime, or the original model.
 Runner = Callable[[Mapping[str, "np.ndarray[Any, Any]"]], dict[str, "np.ndarray[Any, Any]"]]
 

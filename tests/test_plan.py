@@ -138,6 +138,17 @@ def test_calibration_text_is_no_validation_text(tmp_path: Path, text: str) -> No
     assert message.endswith("take them out of one of the two")
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [('{"words": "a"}', "field 'text' is missing"), ('{"text": "a"', "not JSON (Expecting"), ('"a"', "not a JSON object")],
+)
+def test_a_line_that_is_no_calibration_text(tmp_path: Path, line: str, reason: str) -> None:
+    named = calibration_file(tmp_path, [f"text {number}" for number in range(16)])
+    with (tmp_path / "c.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert f"c.jsonl:17: {reason}" in refused(tmp_path, named)
+
+
 def test_too_few_different_texts(tmp_path: Path) -> None:
     named = calibration_file(tmp_path, [f"text {number % 15}" for number in range(40)])
     assert "holds 15 different texts and samples: asks for 16; give more text, or lower samples:" in refused(tmp_path, named)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiler.errors import SourceError
-from compiler.samples import cases
+from compiler.samples import cases, shortened
 from compiler.sources import check_tokenizer
 
 if TYPE_CHECKING:
@@ -119,4 +119,5 @@ def samples(
 ) -> Samples:
     from compiler.modalities import Samples
 
-    return Samples(cases(model, lines, batches, sequences))
+    found = cases(model, lines, batches, sequences)  # which says what is wrong with the text
+    return Samples(found, shortened(model, lines, "validation"))

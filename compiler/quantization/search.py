@@ -123,7 +123,7 @@ class _Trials:
             }
         )
         shown = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
-        verdict = "passes" if not failed else f"{failed[0].name} misses {failed[0].limit:g}"
+        verdict = "passes" if not failed else _missed(failed[0])
         milliseconds = f", {entry.info['milliseconds'] / 1e3:.1f} s for all texts"
         amount = self._amount(tried)
         self.build.tell_rung(self.target, "tried", f"{amount} int8: {shown}{milliseconds}: {verdict}")
@@ -172,6 +172,10 @@ class _Trials:
         step = Step(str(plan.spec), "rung", str(target), dict(sorted(inputs.items())))
         exported, rest = build.export(plan.base_of(target)), plan.rest_of(target)
         return step, (target.format, exported.root, self.calibrated.root, tried.int8, rest)
+
+
+def _missed(check: Check) -> str:
+    return f"{check.name} misses {check.limit:g} by {abs(check.figure - check.limit):.2g}"
 
 
 def _miss(check: Check) -> float:

@@ -12,12 +12,12 @@ from compiler.config import Limits
 from compiler.errors import StageError
 from compiler.numerics import Case, judge
 from compiler.quantization.rungs import bearable, first, ladder
-from compiler.samples import ACCURACY, EXTRA, MAX_ACCURACY_LINES, NONE, read_cases, with_masks
+from compiler.samples import ACCURACY, EXTRA, MAX_ACCURACY_LINES, NONE, read_cases, shortened, with_masks
 from compiler.sources import pooling
 from compiler.stages.load import load
 from compiler.stages.validate import validate
 from compiler.store import remove
-from compiler.types import Artifact, File, Model, Precision, Snapshot
+from compiler.types import HELD, Artifact, File, Model, Precision, Snapshot
 from compiler.workers import LOAD_THREADS, THREADS
 
 # An int8 artifact that is not faster by this much than the next precision is a defect.
@@ -46,7 +46,10 @@ def calibrate(
     known = calibration.calibrate(out, model, with_masks(model, samples), with_masks(model, held), pooling(snapshot), bits)
     if not known["groups"]:
         raise StageError("the model has no linear layer that int8 would make faster; leave int8 out of targets:")
-    return known
+    notes = [shortened(model, [*samples, *(text for text in held if text not in samples)], "calibration")]
+    if set(held) <= set(samples):
+        notes.append(f"layers are judged on texts that shaped them: fewer than {HELD} are there beyond samples:")
+    return {**known, "note": "; ".join(note for note in notes if note)}
 
 
 def predict(

@@ -213,9 +213,38 @@ def test_embeddings_are_int8_while_the_budget_holds(
     assert given.files == strict.files
 
 
+def test_what_happens_to_the_users_text_is_told(tmp_path: Path, bert: Path, context: tuple[Context, list[Event]]) -> None:
+    """Once: that the model cannot take all of it, and that there is too little of it to judge layers by other texts."""
+
+    def told(samples: int) -> tuple[str, str]:
+        calibration = {"path": "calibration.jsonl", "samples": samples}
+        path = pipeline(tmp_path, bert, data={"calibration": calibration, "validation": {"path": "validation.jsonl"}})
+        (tmp_path / "validation.jsonl").write_text("".join(f'{{"text": "validation {number}"}}\n' for number in range(20)))
+        for name, count in (("calibration.jsonl", 2), ("validation.jsonl", 1)):
+            long = [{"text": f"{name} {number} " + "the harbour opens at six " * 20} for number in range(count)]
+            with (tmp_path / name).open("a") as file:
+                file.write("\n" + "\n".join(map(json.dumps, long)))
+        context[1].clear()
+        build = Build(plan_model(read(path).models[0], tmp_path), context[0])
+        build.log.parent.mkdir(parents=True, exist_ok=True)
+        build.load()
+        build.calibrate()
+        loaded, calibrated = (event.detail for event in context[1] if event.state in ("run", "cached"))
+        return loaded, calibrated
+
+    assert told(122) == (
+        "1 of 21 validation texts have more than 64 tokens and are cut",
+        "2 of 122 calibration texts have more than 64 tokens and are cut; layers are judged on texts that shaped them: fewer "
+        "than 64 are there beyond samples:",
+    )
+    assert told(32)[1].endswith(" calibration texts have more than 64 tokens and are cut")
+
+
 def test_a_budget_that_nothing_meets(command: Command, tmp_path: Path, bert: Path) -> None:
     path = pipeline(tmp_path, bert, budget={"int8": {**WIDE, "cosine": 1}})
-    message = error_line(command(path))
+    result = command(path)
+    assert re.search(r": cosine misses 1 by (0\.0*)?[1-9]\S*$", result.stderr, re.MULTILINE)
+    message = error_line(result)
     assert "tiny 1.0.0: openvino int8: no plan that was tried meets the budget; the closest has " in message
     assert re.search(r"has \d+ of 12 layers: cosine [01](\.9\d+)?, its limit is 1, missed by (0\.0*)?[1-9]", message)
     assert re.search(r"; (first departs at|no layer departs on) ", message)
