@@ -12,9 +12,9 @@ from compiler import cpu, plan
 from compiler.backends import BACKENDS
 from compiler.config import CalibrationFile, ModelSpec
 from compiler.errors import ConfigError
-from compiler.plan import HELD, LOAD_LIBRARIES, PACKAGE_LIBRARIES, Plan, Texts, make_plan, read_calibration
+from compiler.plan import LOAD_LIBRARIES, PACKAGE_LIBRARIES, Plan, Texts, make_plan, read_calibration
 from compiler.sources import resolve
-from compiler.types import Target
+from compiler.types import HELD, Target
 
 TARGETS = {"torchscript": ["fp32", "bf16"], "onnx": ["fp32"], "openvino": ["fp32", "bf16"]}
 
