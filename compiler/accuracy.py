@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from compiler.metrics import spearman
+from compiler.metrics import f1, spearman
 from compiler.numerics import Array, Case, cosine
 from compiler.types import LEAST_TEXTS, Model
 
@@ -124,7 +124,30 @@ def spans(starts: Array, ends: Array, mask: Array) -> Array:
     return found
 
 
-def figures(reference: Answers, actual: Answers, labels: Sequence[int] | None = None) -> dict[str, float]:
+def metric(given: Answers, expected: Sequence[Any]) -> tuple[str, float]:
+    """The task's own metric of answers, by its name.
+
+    Of the labels' logits `accuracy`, and `f1` (micro) where a text may have several; of spans `exact_match`; of scores, and of
+    the cosines of pairs of embeddings (the first and the second, the third and the fourth …), `spearman` with those that are
+    expected, of several scores a text the lowest. `expected` is what `compiler.expected.expected` returns.
+    """
+    if "embedding" in given:
+        pairs = given["embedding"][: 2 * len(expected)]
+        return "spearman", spearman((pairs[::2] * pairs[1::2]).sum(axis=1), np.asarray(expected))
+    if "scores" in given:
+        columns = np.asarray(expected, dtype=np.float64).reshape(len(expected), -1).T
+        return "spearman", min(map(spearman, given["scores"].T, columns))
+    if "span" in given:
+        return "exact_match", float(
+            np.mean([span in right for span, right in zip(given["span"].tolist(), expected, strict=True)])
+        )
+    if "labels" in given:
+        chosen = [[str(label) for label in np.flatnonzero(row > 0)] for row in given["labels"]]
+        return "f1", f1([[str(label) for label in labels] for labels in expected], chosen, "micro")
+    return "accuracy", float((given["logits"].argmax(axis=1) == np.asarray(expected)).mean())
+
+
+def figures(reference: Answers, actual: Answers, labels: Sequence[Any] | None = None) -> dict[str, float]:
     """How far answers, stacked over all texts, are from the original's.
 
     `cosine`: the smallest of a text's two embeddings. `neighbours`: the share of texts whose nearest other text, among the
@@ -132,18 +155,19 @@ def figures(reference: Answers, actual: Answers, labels: Sequence[int] | None = 
     similarities of all pairs of texts; of scores, of the texts' own. `argmax`: the share of rows of logits with the same
     largest element; where each label is for itself, with the same labels above 1/2. `kl`: the mean of KL(original ||
     artifact) of their softmax, nats; where each label is for itself, the sum over them. `spans`: the share of answers with
-    the same start and end. `drop`: with `labels`, by how much the accuracy fell (0.01 is a point; negative when it rose).
-    An answer that is not finite makes every figure the worst possible.
+    the same start and end. With `labels`, the task's `metric`, and `drop`, by how much that fell (0.01 is a point; negative
+    when it rose). An answer that is not finite makes every figure the worst possible.
     """
     found: dict[str, float] = {}
     if any(not np.isfinite(value).all() for value in actual.values()) or (actual.get("span", np.zeros(1)) < 0).any():
         names = {
             "embedding": {"cosine": -1.0, "neighbours": 0.0, "rank": -1.0},
-            "logits": {"argmax": 0.0, "kl": 1e308, "drop": 1.0},
+            "logits": {"argmax": 0.0, "kl": 1e308},
             "labels": {"argmax": 0.0, "kl": 1e308},
             "scores": {"rank": -1.0},
         }
-        return {name: worst for kind in actual for name, worst in names.get(kind, {"spans": 0.0}).items()}
+        found = {name: worst for kind in actual for name, worst in names.get(kind, {"spans": 0.0}).items()}
+        return found if labels is None else {**found, "drop": 1.0}
     if "embedding" in reference:
         before, after = reference["embedding"], actual["embedding"]
         found["cosine"] = float(cosine(before, after).min())
@@ -156,10 +180,6 @@ def figures(reference: Answers, actual: Answers, labels: Sequence[int] | None = 
         choices = [before.argmax(axis=1), after.argmax(axis=1)]
         found["argmax"] = float((choices[0] == choices[1]).mean())
         found["kl"] = _kl(before, after)
-        if labels is not None:
-            right = [float((choice == np.asarray(labels)).mean()) for choice in choices]
-            found["accuracy"] = right[1]
-            found["drop"] = right[0] - right[1]
     if "labels" in reference:
         before, after = reference["labels"], actual["labels"]
         found["argmax"] = float(((before > 0) == (after > 0)).all(axis=1).mean())
@@ -169,6 +189,9 @@ def figures(reference: Answers, actual: Answers, labels: Sequence[int] | None = 
         found["rank"] = min(map(spearman, reference["scores"].T, actual["scores"].T))
     if "span" in reference:
         found["spans"] = float((reference["span"] == actual["span"]).all(axis=1).mean())
+    if labels is not None:
+        name, now = metric(actual, labels)
+        found |= {name: now, "drop": metric(reference, labels)[1] - now}
     return found
 
 

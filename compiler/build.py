@@ -255,6 +255,7 @@ class Build:
         """What the manifest says of a target's files, which are an entry's."""
         backend, info = BACKENDS[target.format], entry.info
         source = self.plan.source_of(target)
+        narrow = target.precision == "int8" and self.plan.bits == 7
         return Artifact(
             format=target.format,
             precision=target.precision,
@@ -264,8 +265,8 @@ class Build:
             opset=info["opset"],
             fusions=info["fusions"],
             declined=info["declined"] if source is None else self.export(source).info["declined"],
-            fast_on=cpu.FAST_ON[target.precision],
-            needs=cpu.WIDE_SUMS if target.precision == "int8" and self.plan.bits == 8 else (),
+            fast_on=cpu.FAST_ON[target.precision] + (cpu.NARROW_SUMS if narrow else ()),
+            needs=cpu.WIDE_SUMS if target.precision == "int8" and not narrow else (),
             int8=info.get("int8", {}),
             kept=info.get("kept", {}),
             ladder=tuple(info.get("ladder", ())),

@@ -20,6 +20,8 @@ FAST_ON = {
 }
 # Without one of these, 16-bit sums of int8 products saturate, and weights must stay within 7 bits.
 WIDE_SUMS = FAST_ON["int8"]
+# What weights of 7 bits are made for.
+NARROW_SUMS = ("avx512f", "avx2")
 
 # Variables by which users cap the instructions, or change the arithmetic, of the libraries that compute here.
 # Their values become part of a release, so there is none among them that says where something is.

@@ -11,7 +11,7 @@ from typing import Any
 from compiler.errors import ConfigError
 from compiler.metrics import spoken
 from compiler.runtime import Config
-from compiler.tasks import FILES, TASKS
+from compiler.tasks import FILES, TASKS, answer_texts
 
 LINES = {
     "feature-extraction": '{"text": "…", "text_pair": "…", "score": 0.8}',
@@ -169,13 +169,9 @@ def _tagged(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, A
 def _asked(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, Any]:
     task = "question-answering"
     item = tuple(_text(line, name, where, task) for name in ("question", "context"))
-    answers = line.get("answers")
-    if isinstance(answers, Mapping):  # the columns of a data set: {"text": […], "answer_start": […]}
-        answers = answers.get("text")
-    texts = [answer.get("text") if isinstance(answer, Mapping) else answer for answer in answers or []]
-    if not isinstance(answers, list) or not all(isinstance(text, str) for text in texts):
+    if (texts := answer_texts(line.get("answers"))) is None:
         raise ConfigError(f"{where}: field 'answers' is no list of texts; a line for {task} is {LINES[task]}")
-    return item, [] if line.get("is_impossible") else [text for text in texts if text]
+    return item, [] if line.get("is_impossible") else texts
 
 
 def _squad(document: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Any]]]:

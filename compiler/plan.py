@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from compiler.manifest import differences
 from compiler.modalities import MODALITIES
 from compiler.sources import infer_task
 from compiler.store import Step, Store
-from compiler.tasks import FILES, TASKS, parse_line, read_label
+from compiler.tasks import EXPECTED, FILES, TASKS, parse_line, read_label
 from compiler.types import HELD, LEAST_TEXTS, Precision, Snapshot, Target
 from compiler.workers import LOAD_THREADS, THREADS
 
@@ -83,7 +84,7 @@ class Texts:
     sha256: str
     lines: tuple[tuple[str, ...], ...]
     files: Mapping[str, str] = field(default_factory=dict)
-    labels: tuple[tuple[int, str | int], ...] | None = None
+    labels: tuple[tuple[int, Any], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -250,10 +251,9 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
     accurate = any(target.precision == "int8" for target in spec.targets.list())
     if accurate and TASKS[task].modality != "text":
         raise ConfigError(f"{spec}: int8 is made of models of text, and the task is {task}; leave int8 out of targets:")
-    if accurate and task == "feature-extraction" and len(texts.lines) < LEAST_TEXTS:
+    if accurate and len(texts.lines) < LEAST_TEXTS:
         raise ConfigError(
-            f"{spec}: data.validation: {len(texts.lines)} texts are too few to tell which are neighbours, by which int8 is "
-            f"judged; give at least {LEAST_TEXTS}"
+            f"{spec}: data.validation: {len(texts.lines)} texts are too few to judge int8 by; give at least {LEAST_TEXTS}"
         )
     named = spec.data.calibration if accurate else None
     calibration = None if named is None else read_calibration(named, task, folder, texts)
@@ -378,7 +378,7 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
     path = own if named is None else folder / named.path
     name = "built-in" if named is None else Path(named.path).name
     # Only int8 is held to labels.
-    labelled = task == "text-classification" and any(target.precision == "int8" for target in spec.targets.list())
+    labelled = task in EXPECTED and any(target.precision == "int8" for target in spec.targets.list())
     return _read_lines("data.validation", path, name, task, labelled=labelled)
 
 
@@ -395,11 +395,19 @@ def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -
     if not lines:
         raise ConfigError(f"{key}: {path}: holds no line; give one JSON object a line")
     sha256 = hashlib.sha256(read).hexdigest()
-    found = [(number, read_label(line)) for number, line in numbered] if labelled else []
+    found = [(number, read_label(line, task)) for number, line in numbered] if labelled else []
     labels = tuple((number, label) for number, label in found if label is not None)
     if labels and len(labels) < len(lines):
-        bare = next(number for number, line in numbered if read_label(line) is None)
-        raise ConfigError(f"{key}: {path}:{bare}: has no label and other lines have; give all of them one, or none")
+        bare = next(number for number, label in found if label is None)
+        field = EXPECTED[task]
+        raise ConfigError(f"{key}: {path}:{bare}: has no {field} and other lines have; give all of them one, or none")
+    if labels and task == "feature-extraction":  # a score is of two texts, and both are validation text
+        pairs = [
+            (number, *text, json.loads(line).get("text_pair")) for text, (number, line) in zip(lines, numbered, strict=True)
+        ]
+        if bare := next((number for number, _, pair in pairs if not isinstance(pair, str) or not pair.strip()), 0):
+            raise ConfigError(f"{key}: {path}:{bare}: has a score and no text_pair; a score says how close two texts are")
+        lines = tuple((text,) for _, *pair in pairs for text in pair)
     if (kind := TASKS[task].fields[0]) in FILES:
         hashed: dict[str, list[str]] = {}
         for line in lines:

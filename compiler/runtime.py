@@ -66,7 +66,6 @@ def load(
     if threads is not None and threads < 1:
         raise InputError(f"threads: {threads}; at least 1, or leave it out for all cores")
     artifact, reason = choose(manifest, reports, format, precision)
-    model = _named(manifest)(folder, manifest, BACKENDS[artifact.format].open(folder, artifact, threads), artifact, reason)
     log.info("%s %s: %s %s (%s)", manifest.name, manifest.release, artifact.format, artifact.precision, reason)
     if not can_be_trusted(artifact):
         log.warning(
@@ -86,7 +85,17 @@ def load(
             artifact.format,
             artifact.precision,
         )
-    return model
+    try:
+        runner = BACKENDS[artifact.format].open(folder, artifact, threads)
+    except MemoryError:
+        raise
+    except Exception as error:  # each runtime has its own; the file is the one that was checked
+        said = " ".join(str(error).split())
+        raise InputError(
+            f"{manifest.name} {manifest.release}: {RUNTIMES[artifact.format]} does not open {artifact.files[0].path} here: "
+            f"{said[:300]}; take another format= or precision="
+        ) from error
+    return _named(manifest)(folder, manifest, runner, artifact, reason)
 
 
 def choose(

@@ -103,17 +103,22 @@ def tokenize(model: Model, texts: Sequence[tuple[str, ...]], sequence: int, side
     return {name: np.ascontiguousarray(encoded[name], dtype=np.int64).reshape(sizes) for name in model.inputs}
 
 
+def length_of_texts(model: Model) -> int:
+    """How many tokens texts are cut to, where a user would batch them."""
+    return min(model.positions or LONGEST, LONGEST)
+
+
 def together(model: Model, texts: Sequence[tuple[str, ...]]) -> dict[str, np.ndarray[Any, Any]]:
     """Texts as a user would batch them, int64 `[batch, sequence]`: padded on the right to the longest of them, and cut to
     `LONGEST` or what the model takes."""
-    inputs = tokenize(model, texts, min(model.positions or LONGEST, LONGEST), "right")
+    inputs = tokenize(model, texts, length_of_texts(model), "right")
     length = int(inputs["attention_mask"].sum(axis=-1).max())
     return {name: np.ascontiguousarray(value[..., :length]) for name, value in inputs.items()}
 
 
 def shortened(model: Model, texts: Sequence[tuple[str, ...]], kind: str) -> str:
     """What a user is told of texts that `together` cuts, which are of some `kind`; empty when it cuts none."""
-    most = min(model.positions or LONGEST, LONGEST)
+    most = length_of_texts(model)
     if model.task == "multiple-choice":
         texts = [(text, choice) for text, *choices in texts for choice in choices]
     columns = [list(column) for column in zip(*with_masks(model, texts), strict=True)]

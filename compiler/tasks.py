@@ -29,6 +29,8 @@ TaskName = Literal[
 Modality = Literal["text", "image", "audio", "image-text"]
 # Fields that name a file, relative to the data file, and fields that are a list of at least so many texts.
 FILES = ("image", "audio")
+# The field of a line that says what is expected of the model: a task's own metric is of that.
+EXPECTED: Mapping[str, str] = {"feature-extraction": "score", "text-classification": "label", "question-answering": "answers"}
 LISTS: Mapping[str, int] = {"choices": 2, "texts": 1}
 
 
@@ -112,10 +114,20 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def read_label(text: str) -> str | int | None:
-    """The `label` of a line that `parse_line` took: a label's name or number; None without one."""
-    label = json.loads(text).get("label")
-    return label if isinstance(label, (str, int)) and not isinstance(label, bool) else None
+def read_label(text: str, task: str) -> Any:
+    """What a line that `parse_line` took expects of the model, as it stands there; None where it says nothing."""
+    return json.loads(text).get(EXPECTED[task])
+
+
+def answer_texts(answers: Any) -> list[str] | None:
+    """The answers of a line for question-answering: texts, objects with a `text`, or the columns of a data set; None where
+    they are none of these."""
+    if isinstance(answers, Mapping):  # {"text": […], "answer_start": […]}
+        answers = answers.get("text")
+    texts = [answer.get("text") if isinstance(answer, Mapping) else answer for answer in answers or []]
+    if not isinstance(answers, list) or not all(isinstance(text, str) for text in texts):
+        return None
+    return [text for text in texts if text]
 
 
 def example(task: str) -> str:

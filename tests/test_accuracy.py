@@ -140,6 +140,36 @@ def test_drop_is_of_the_accuracy_on_labels() -> None:
     assert figures({"logits": after}, {"logits": before}, labels=[0, 1, 2, 0])["drop"] == -0.25
 
 
+def test_drop_is_of_the_metric_of_the_task() -> None:
+    """Each worked out by hand: of what is expected, the original answers all, and the artifact a part."""
+    several = np.array([[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]])
+    found = figures({"labels": several}, {"labels": several * [1, 1, -1]}, labels=[[0, 2], [1]])
+    assert (found["f1"], found["drop"]) == pytest.approx((2 / 3, 1 / 3))  # 2 · 2 / (3 + 3)
+
+    right = np.array([[1, 2], [0, 0], [5, 5], [3, 4]])
+    expected = [[[7, 8], [1, 2]], [[0, 0]], [[5, 5]], [[3, 4]]]
+    found = figures({"span": right}, {"span": np.array([[1, 3], [0, 0], [5, 5], [3, 4]])}, labels=expected)
+    assert (found["exact_match"], found["drop"], found["spans"]) == (0.75, 0.25, 0.75)
+
+    order = np.arange(20.0)[:, None]
+    swapped = order.copy()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    found = figures({"scores": order}, {"scores": swapped}, labels=[2 * number for number in range(20)])
+    # Spearman's formula without ties: 1 - 6 Σd² / (n (n² - 1)).
+    assert (found["spearman"], found["drop"]) == pytest.approx((1 - 6 * 2 / (20 * 399), 6 * 2 / (20 * 399)))
+    both = figures({"scores": order @ [[1, 1]]}, {"scores": np.hstack([order, swapped])}, labels=[[n, n] for n in range(20)])
+    assert both["drop"] == pytest.approx(found["drop"])  # of the worse of two scores
+
+    angles = np.linspace(0, 1.5, 20)
+    pairs = np.zeros((40, 2))
+    pairs[::2, 0] = 1
+    pairs[1::2] = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    turned = pairs.copy()
+    turned[[7, 9]] = turned[[9, 7]]
+    found = figures({"embedding": pairs}, {"embedding": turned}, labels=list(np.cos(angles)))
+    assert (found["spearman"], found["drop"]) == pytest.approx((1 - 6 * 2 / (20 * 399), 6 * 2 / (20 * 399)))
+
+
 def test_spans_by_brute_force() -> None:
     length = MAX_SPAN + 15
     starts, ends = 3 * RANDOM.standard_normal((2, 20, length))
@@ -215,8 +245,14 @@ def test_an_answer_that_is_not_finite_passes_nothing(kind: str, bad: float) -> N
     spoilt[3, 2] = bad
     mask = np.ones(good.shape, dtype=bool)
     one, other = ({kind: spans(good, side, mask) if kind == "span" else side} for side in (good, spoilt))
-    whole, found = figures(one, one, labels=[0] * 20), figures(one, other, labels=[0] * 20)
-    assert set(found) == set(whole) - {"accuracy"}
+    labels: dict[str, list[Any]] = {
+        "embedding": [*range(10)],
+        "labels": [[0]] * 20,
+        "scores": good.tolist(),
+        "span": [[[0, 0]]] * 20,
+    }
+    whole, found = (figures(one, side, labels=labels.get(kind, [0] * 20)) for side in (one, other))
+    assert set(found) == set(whole) - {"accuracy", "exact_match", "f1", "spearman"}
     limits = DEFAULT_LIMITS["int8"].model_copy(update={"rank": 0.5, "kl": 1.0})
     worst = dict.fromkeys(found, "")
     assert not any(check.passed for check in judge({"answers": {"figures": found, "worst": worst}}, limits))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from compiler import cpu, plan
 from compiler.backends import BACKENDS
 from compiler.config import CalibrationFile, ModelSpec
 from compiler.errors import ConfigError
-from compiler.plan import LOAD_LIBRARIES, PACKAGE_LIBRARIES, Plan, Texts, make_plan, read_calibration
+from compiler.plan import LOAD_LIBRARIES, PACKAGE_LIBRARIES, Plan, Texts, make_plan, read_calibration, read_texts
 from compiler.sources import resolve
 from compiler.types import HELD, Target
 
@@ -147,6 +148,34 @@ def test_a_line_that_is_no_calibration_text(tmp_path: Path, line: str, reason: s
     with (tmp_path / "c.jsonl").open("a") as file:
         file.write(line + "\n")
     assert f"c.jsonl:17: {reason}" in refused(tmp_path, named)
+
+
+def validation_file(folder: Path, task: str, lines: Sequence[str]) -> Texts:
+    (folder / "v.jsonl").write_text("\n".join(lines))
+    data = {"validation": {"path": "v.jsonl"}, "calibration": {"path": "c.jsonl"}}
+    document = {"name": "tiny", "release": "1.0.0", "source": "path:x", "targets": {"onnx": ["int8"]}, "data": data}
+    return read_texts(ModelSpec.model_validate(document), task, folder)
+
+
+def test_a_score_is_of_two_texts(tmp_path: Path) -> None:
+    """Which are validation text both."""
+    lines = ['{"text": "a", "text_pair": "b", "score": 0.5}', "", '{"text": "c", "text_pair": "d", "score": 1}']
+    found = validation_file(tmp_path, "feature-extraction", lines)
+    assert found.lines == (("a",), ("b",), ("c",), ("d",))
+    assert found.labels == ((1, 0.5), (3, 1))
+    plain = validation_file(tmp_path, "feature-extraction", ['{"text": "a", "text_pair": "b"}'])
+    assert (plain.lines, plain.labels) == ((("a",),), None)
+    for line, reason in (
+        ('{"text": "c", "score": 1}', "v.jsonl:4: has a score and no text_pair"),
+        ('{"text": "c", "text_pair": "d"}', "v.jsonl:4: has no score and other lines have; give all of them one, or none"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(reason)):
+            validation_file(tmp_path, "feature-extraction", [*lines, line])
+
+
+def test_answers_are_read_for_int8(tmp_path: Path) -> None:
+    line = '{"question": "Who?", "context": "Ada and Ben.", "answers": ["Ada"]}'
+    assert validation_file(tmp_path, "question-answering", [line]).labels == ((1, ["Ada"]),)
 
 
 def test_too_few_different_texts(tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def calibrate(
     groups = [group for group in groups if _work(module, group) >= LEAST_SHARE * total]
     layers = [layer for group in groups for layer in quantize(module, group, bits)]
     embeddings = tables(module)
+    left |= small_tables(module)
     save(out / LAYERS, [*layers, *embeddings])
     by_name = {layer.name: layer for layer in layers}
     emulation = Emulation(module, by_name.values())
@@ -189,6 +190,15 @@ def tables(module: torch.nn.Module, least: int = TABLE) -> list[QuantizedTable]:
             number = torch.round(rows / scale[:, None]).to(torch.int8)
             found.append(QuantizedTable(name, digest(rows.numpy()), number.numpy(), scale.numpy()))
     return found
+
+
+def small_tables(module: torch.nn.Module, least: int = TABLE) -> dict[str, str]:
+    """Why embeddings that are too small are no tables."""
+    return {
+        name: f"an embedding of less than {least >> 20} MiB is not worth more operators"
+        for name, part in module.named_modules()
+        if isinstance(part, torch.nn.Embedding) and part.weight.numel() * 4 < least
+    }
 
 
 def departure(before: Answers, after: Answers) -> float:

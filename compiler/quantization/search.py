@@ -68,7 +68,12 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
         advice = "leave int8 out of targets:, or set quantize.fallback: true to go on without"
         raise SlowError(f"{spec}: {target}: {slow}" + ("" if spec.quantize.fallback else f"; {advice}"))
     chosen = trials.rungs[found]
-    kept = dict.fromkeys(chosen.out, "the budget: it costs the most accuracy for the work that it saves")
+    cost_of = {name: group["error"] for group in groups for name in group["names"]}
+    kept = {
+        name: "the budget: it costs the most accuracy for the work that it saves"
+        + (f" (error {cost_of[name]:.2g}, with the layers of its input)" if name in cost_of else "")
+        for name in chosen.out
+    }
     kept |= dict.fromkeys(chosen.slow, "to quantize its input takes longer than int8 saves")
     kept |= {name: TABLE_LEFT for name in tables if name in kept}
     if named is not None:
@@ -120,10 +125,11 @@ class _Trials:
                 "cost": tried.cost,
                 "figures": {name: round(figure, 6) for name, figure in figures.items()},
                 "passed": not failed,
+                **({"missed": _missed(failed[0])} if failed else {}),
             }
         )
         shown = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
-        verdict = "passes" if not failed else _missed(failed[0])
+        verdict = self.told[-1].get("missed", "passes")
         milliseconds = f", {entry.info['milliseconds'] / 1e3:.1f} s for all texts"
         amount = self._amount(tried)
         self.build.tell_rung(self.target, "tried", f"{amount} int8: {shown}{milliseconds}: {verdict}")

@@ -17,9 +17,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiler.accuracy import ANSWER, CHOICE, Answering, problem
+from compiler.accuracy import ANSWER, Answering, problem
 from compiler.embedding import with_sentence_embedding
-from compiler.errors import ConfigError, SourceError, StageError
+from compiler.errors import SourceError, StageError
+from compiler.expected import expected
 from compiler.hashing import hash_files
 from compiler.modalities import MODALITIES
 from compiler.numerics import Case, rows
@@ -337,7 +338,7 @@ def reference(
     batches: Sequence[int],
     sequences: Sequence[int] | None,
     options: Mapping[str, bool],
-    labels: Sequence[tuple[int, str | int]] | None = None,
+    labels: Sequence[tuple[int, Any]] | None = None,
     accurate: bool = False,
 ) -> dict[str, Any]:
     """Write the samples and the untouched fp32 model's outputs on them, before anything is fused or converted.
@@ -348,11 +349,11 @@ def reference(
     `accurate`, the texts' answers as `answer.<name>` (see `compiler.accuracy.answers`).
 
     Args:
-        labels: of labelled texts, for each the line that it stands in and its label, by name or number.
+        labels: of labelled texts, as `compiler.expected.expected` takes them.
         accurate: whether texts' answers are wanted too: for int8.
 
     Raises:
-        ConfigError: a label is none of the model's.
+        ConfigError: a label is none of the model's, or not of the kind that it gives.
         StageError: an output of the original is not finite, so nothing can be held against it.
         Also what `load` and `cases` raise.
     """
@@ -365,6 +366,8 @@ def reference(
     found = made.cases
     if accurate:
         found = [*found, *accuracy_cases(model, lines)]
+    # Before the answers: those of the first lines, of which a pair has two.
+    told = expected(model, lines, labels)[: MAX_ACCURACY_LINES * len(labels) // len(lines)] if labels else None
     described = signature(model)
     keep = {}
     for tensor in described.outputs:
@@ -401,8 +404,7 @@ def reference(
         "cases": [_described(case) for case in counted],
         "keep": keep,
         "answering": answering,
-        # What a label of a regression is, or of several at once, the budget does not ask.
-        "labels": label_numbers(model, labels)[:MAX_ACCURACY_LINES] if labels and problem(model) == CHOICE else None,
+        "labels": told,
         "left_out": list(model.left_out),
         "note": made.note,
         "positions": model.positions,
@@ -458,18 +460,6 @@ def _write_reference(
             expected[f"{number:03d}.{tensor.name}"] = values
     expected |= {f"{ANSWER}{name}": value for name, value in texts.stacked().items()}
     save_file(expected, str(out / REFERENCE))
-
-
-def label_numbers(model: Model, labels: Sequence[tuple[int, str | int]]) -> list[int]:
-    """Labels as the numbers of the model's. Raises ConfigError, with the line, when it has no such label."""
-    names: dict[str, int] = {str(name): int(number) for name, number in (model.module.config.label2id or {}).items()}  # type: ignore[union-attr, operator]
-    found = []
-    for line, label in labels:
-        number = label if isinstance(label, int) else names.get(label)
-        if number is None or not 0 <= number < max(len(names), 1):
-            raise ConfigError(f"data.validation:{line}: label {label!r} is none of the model's; it has {', '.join(names)}")
-        found.append(number)
-    return found
 
 
 def _own_support(model: Model, snapshot: Snapshot, out: Path) -> list[str]:

@@ -58,7 +58,7 @@ def predict(
     task: str,
     options: Mapping[str, bool],
     lines: Sequence[tuple[str, ...]],
-    labels: Sequence[int] | None,
+    labels: Sequence[Any] | None,
     calibrated: Path,
     groups: Sequence[Mapping[str, Any]],
     limits: Limits,
@@ -68,7 +68,7 @@ def predict(
     model: it says which plan to try first.
 
     Args:
-        lines, labels: the validation text, which the budget is for, and the numbers of its labels, where it has some.
+        lines, labels: the validation text, which the budget is for, and what it expects, where it says so.
         rests: by format, the precision of what is not int8. The ladder is that of the first.
 
     Returns:

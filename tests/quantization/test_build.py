@@ -213,6 +213,32 @@ def test_embeddings_are_int8_while_the_budget_holds(
     assert given.files == strict.files
 
 
+@pytest.mark.parametrize(
+    ("task", "line", "named"),
+    [
+        ("question-answering", {"question": "Who?", "context": "{} and Ben.", "answers": ["Ben"]}, "exact_match"),
+        ("feature-extraction", {"text": "{} reads", "text_pair": "somebody reads", "score": 0.5}, "spearman"),
+        ("text-classification", {"text": "{} reads", "label": 0}, "accuracy"),
+    ],
+)
+def test_the_tasks_own_metric(
+    tmp_path: Path, context: tuple[Context, list[Event]], task: str, line: dict[str, Any], named: str
+) -> None:
+    """Where validation text says what is right, the artifact may fall behind the original by no more than its limit."""
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", "bert", task)
+    path = pipeline(tmp_path, checkpoint, task=task, budget={}, data={
+        "validation": {"path": "validation.jsonl"}, "calibration": {"path": "more.jsonl", "samples": 16}
+    })  # fmt: skip
+    for name, start in (("validation", 0), ("more", 20)):
+        lines = [json.dumps(line).replace("{}", f"number {start + row}", 1) for row in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    build = Build(plan_model(read(path).models[0], tmp_path), context[0])
+    build.log.parent.mkdir(parents=True)
+    for tried in build.predict().info["tried"]:
+        assert set(tried["figures"]) >= {named, "drop"}
+    assert len(build.load().info["labels"]) == 20
+
+
 def test_what_happens_to_the_users_text_is_told(tmp_path: Path, bert: Path, context: tuple[Context, list[Event]]) -> None:
     """Once: that the model cannot take all of it, and that there is too little of it to judge layers by other texts."""
 

@@ -1,0 +1,93 @@
+"""What labelled validation text expects of a model, in the form in which `compiler.accuracy.metric` judges its answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from compiler.accuracy import CHOICE, problem
+from compiler.errors import ConfigError
+from compiler.samples import length_of_texts
+from compiler.tasks import EXPECTED, answer_texts
+from compiler.types import Model
+
+Labels = Sequence[tuple[int, Any]]
+
+
+def expected(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> list[Any]:
+    """What is expected of each text, or of each pair of texts.
+
+    Args:
+        lines: the texts.
+        labels: of each, the line of the file and what stands there, as `compiler.tasks.read_label` found it.
+
+    Returns:
+        feature-extraction: the pairs' scores; question-answering: for each question the right spans, `[start, end]` in tokens;
+        text-classification: labels' numbers, a list of them a text where it may have several, or a regression's numbers.
+
+    Raises:
+        ConfigError: something else stands there, or what the model does not know.
+    """
+    if model.task == "question-answering":
+        return list(_spans(model, lines, labels))
+    if model.task == "feature-extraction":
+        return [_number(line, label, model.task) for line, label in labels]
+    config: Any = model.module.config
+    if (kind := problem(model)) == "regression":
+        if config.num_labels == 1:
+            return [_number(line, label, model.task) for line, label in labels]
+        return [_numbers(line, label, config.num_labels) for line, label in labels]
+    names = {str(name): int(number) for name, number in (config.label2id or {}).items()}
+    if kind == CHOICE:
+        return [_label(line, label, names) for line, label in labels]
+    return [[_label(line, one, names) for one in (label if isinstance(label, list) else [label])] for line, label in labels]
+
+
+def _label(line: int, label: Any, names: Mapping[str, int]) -> int:
+    """The number of a label that is given by its name or its number; 1.0 is 1, as some writers of JSON have it."""
+    whole = isinstance(label, (int, float)) and not isinstance(label, bool) and float(label).is_integer()
+    number = int(label) if whole else names.get(label) if isinstance(label, str) else None
+    if number is None or not 0 <= number < max(len(names), 1):
+        raise ConfigError(f"data.validation:{line}: label {label!r} is none of the model's; it has {', '.join(names)}")
+    return number
+
+
+def _number(line: int, label: Any, task: str) -> float:
+    if isinstance(label, bool) or not isinstance(label, (int, float)):
+        raise ConfigError(f"data.validation:{line}: {EXPECTED[task]} {label!r} is no number")
+    return float(label)
+
+
+def _numbers(line: int, label: Any, count: int) -> list[float]:
+    if not isinstance(label, list) or len(label) != count:
+        raise ConfigError(f"data.validation:{line}: label {label!r} is no list of {count} numbers, as the model gives")
+    return [_number(line, one, "text-classification") for one in label]
+
+
+def _spans(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> Iterator[list[list[int]]]:
+    """Where answers stand in the tokens of a question and its context; the first token's place where there is none, as SQuAD
+    2 has it. An answer may stand there several times, or be cut off."""
+    tokenizer = model.tokenizer
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"data.validation:{labels[0][0]}: {type(tokenizer).__name__} does not tell where tokens stand in a text, so "
+            "answers cannot be judged; leave answers out"
+        )
+    for (question, context), (line, given) in zip(lines, labels, strict=True):
+        if (texts := answer_texts(given)) is None:
+            raise ConfigError(f"data.validation:{line}: answers {given!r} is no list of texts")
+        encoded = tokenizer(
+            question, context, truncation="longest_first", max_length=length_of_texts(model), return_offsets_mapping=True
+        )
+        found = [] if texts else [[0, 0]]
+        for text in texts:
+            places = [match.span() for match in re.finditer(re.escape(text), context)]
+            if not places:
+                raise ConfigError(f"data.validation:{line}: answer {text[:60]!r} does not stand in the context")
+            for start, end in places:
+                of_context = enumerate(zip(encoded["offset_mapping"], encoded.sequence_ids(), strict=True))
+                inside = [place for place, ((a, b), part) in of_context if part == 1 and a < end and b > start]
+                if inside:
+                    found.append([inside[0], inside[-1]])
+        yield found

@@ -1,0 +1,100 @@
+"""What labelled text expects of a model: numbers of labels, scores, and where answers stand among tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from compiler.errors import ConfigError
+from compiler.expected import expected
+from compiler.samples import together
+from tests.zoo import save_checkpoint
+
+NAMES = {"bad": 0, "good": 1, "odd": 2}
+
+
+def model(task: str = "text-classification", labels: int = 3, kind: str | None = None, **more: Any) -> Any:
+    config = SimpleNamespace(problem_type=kind, num_labels=labels, label2id=dict(list(NAMES.items())[:labels]))
+    return SimpleNamespace(task=task, module=SimpleNamespace(config=config), **more)
+
+
+@pytest.mark.parametrize(
+    ("of", "given", "found"),
+    [
+        (model(), ["good", 2, 0.0, "bad"], [1, 2, 0, 0]),
+        (model(kind="multi_label_classification"), [["good", 2], "bad", []], [[1, 2], [0], []]),
+        (model(labels=1), [0.5, 3], [0.5, 3.0]),
+        (model(labels=2, kind="regression"), [[0.5, 3], [1, 2]], [[0.5, 3.0], [1.0, 2.0]]),
+        (model("feature-extraction"), [0.5, 1], [0.5, 1.0]),
+    ],
+)
+def test_what_is_expected(of: Any, given: list[Any], found: list[Any]) -> None:
+    assert expected(of, [("a text",)] * len(given), list(enumerate(given, 1))) == found
+
+
+@pytest.mark.parametrize(
+    ("of", "given", "reason"),
+    [
+        (model(), "wonderful", "label 'wonderful' is none of the model's; it has bad, good, odd"),
+        (model(), 3, "label 3 is none"),
+        (model(), -1, "label -1 is none"),
+        (model(), 0.5, "label 0.5 is none"),
+        (model(), float("inf"), "label inf is none"),
+        (model(), True, "label True is none"),
+        (model(), ["good"], "label ['good'] is none"),
+        (model(kind="multi_label_classification"), ["good", "banana"], "label 'banana' is none"),
+        (model(labels=1), "good", "label 'good' is no number"),
+        (model(labels=2, kind="regression"), [1], "label [1] is no list of 2 numbers"),
+        (model(labels=2, kind="regression"), [1, "a"], "label 'a' is no number"),
+        (model("feature-extraction"), "close", "score 'close' is no number"),
+    ],
+)
+def test_what_the_model_does_not_know(of: Any, given: Any, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expected(of, [("a text",)], [(7, given)])
+    assert str(caught.value).startswith(f"data.validation:7: {reason}")
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "deberta-v2"])
+def test_answers_by_what_their_tokens_say(tmp_path: Path, architecture: str) -> None:
+    folder = save_checkpoint(tmp_path / "checkpoint", architecture, "question-answering")
+    asked = model(
+        "question-answering",
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        positions=64,
+        inputs=("input_ids", "attention_mask"),
+    )
+    lines = [
+        ("Who reads?", "The harbour opens at six, and Ada reads; Ada sleeps."),
+        ("When?", "The harbour opens at six, and Ada reads."),
+        ("Why?", "The harbour opens at six, and Ada reads."),
+        ("What is cut off?", "the harbour " * 60 + "zebra"),
+    ]
+    given: list[Any] = [{"text": ["Ada"], "answer_start": [30]}, [{"text": "at six"}, "six"], [], ["zebra"]]
+    found = expected(asked, lines, list(enumerate(given, 1)))
+    ids = together(asked, lines)["input_ids"]
+    said = [
+        {asked.tokenizer.decode(row[start : end + 1]).lower().replace(" ", "").replace("##", "") for start, end in spans}
+        for row, spans in zip(ids, found, strict=True)
+    ]
+    assert said[:2] == [{"ada"}, {"atsix", "six"}]
+    assert [len(spans) for spans in found] == [2, 2, 1, 0]
+    assert found[2] == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"), [(["Zoe"], "answer 'Zoe' does not stand in the context"), ("Ada", "answers 'Ada'")]
+)
+def test_answers_that_are_none(tmp_path: Path, answers: Any, reason: str) -> None:
+    folder = save_checkpoint(tmp_path / "checkpoint", "bert", "question-answering")
+    asked = model("question-answering", tokenizer=AutoTokenizer.from_pretrained(folder), positions=64)
+    with pytest.raises(ConfigError) as caught:
+        expected(asked, [("Who?", "Ada reads.")], [(3, answers)])
+    assert str(caught.value).startswith(f"data.validation:3: {reason}")
+    slow = model("question-answering", tokenizer=SimpleNamespace(is_fast=False), positions=64)
+    with pytest.raises(ConfigError, match="does not tell where tokens stand"):
+        expected(slow, [("Who?", "Ada reads.")], [(3, ["Ada"])])
