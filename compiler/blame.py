@@ -133,7 +133,8 @@ def blame(
     torch.set_num_threads(LOAD_THREADS)  # a backend may have set its own
     if not values:
         raise StageError(f"blame {artifact.format} {artifact.precision}: the file has no inner value of any layer's size")
-    walk = Walk(module, case, values, outputs, ALLOWED.get(artifact.precision, ALLOWED_ELSE))
+    allowed = ALLOWED.get(artifact.precision, ALLOWED_ELSE)
+    walk = Walk(module, case, values, outputs, allowed, scaled=artifact.precision == "int8")
     calls = layers(module, plain.records, case.mask.size if textual else None)
     before = input_of(plain.records, calls[0]) if calls else None
     ends = align(walk, [*([before] if before else []), *calls])
@@ -227,7 +228,8 @@ def look_inside(
     """The modules inside of the layer that departs, in the order in which they run, and the first of those that does.
 
     Not every tensor of the original is in the file: what is fused is not. One whose like is found in no other layer says
-    nothing. Where there is no other layer that is right, the first behind the last one that is right departs.
+    nothing, nor does one in a module that is right. Where there is no other layer that is right, the first behind the last
+    one that is right departs.
     """
     keys = list(ends)
     calls = returns(plain.records)
@@ -236,10 +238,13 @@ def look_inside(
     visible = {one.kind for one in seen if one.good and one.layer != number}
     own = [one for one in seen if one.layer == number]
     right = [place for place, one in enumerate(own) if one.good]
+    sound = tuple(f"{one.record.key.module}." for one in own if one.good and not one.record.taken)
     siblings = bool(visible.intersection(one.kind for one in own))
     first_wrong = None
     for place, one in enumerate(own):
         behind = not right or place > right[-1]
+        if one.record.key.module.startswith(sound):
+            continue
         if not one.good and (one.kind in visible or one.record.table or (behind and not siblings)):
             first_wrong = place
             break

@@ -67,6 +67,16 @@ def relative(actual: Array, original: Array, floor: float = 0.0) -> float:
     return difference / norm if norm else min(difference, 1.0)
 
 
+def relative_by_channel(actual: Array, original: Array, tokens: int) -> float:
+    """As `relative`, of so many tokens' vectors whose channels may each be a positive factor apart: int8 evens out the input
+    of a layer in the layer before, where it can."""
+    rows, wanted = (array.astype(np.float64).reshape(tokens, -1) for array in (actual, original))
+    if not np.isfinite(rows).all():
+        return NOT_FINITE
+    factors = (rows * wanted).sum(axis=0) / np.maximum((wanted * wanted).sum(axis=0), np.finfo(np.float64).tiny)
+    return relative(rows, wanted * np.maximum(factors, 0.0))
+
+
 def alike(actual: Array, original: Array) -> float:
     """The cosine of two arrays as flat vectors; 0 where one is not finite."""
     actual, original = (array.astype(np.float64).reshape(-1) for array in (actual, original))
@@ -79,18 +89,37 @@ def alike(actual: Array, original: Array) -> float:
 @dataclass(frozen=True)
 class Walk:
     """What is held against what: the original, the sample, the artifact's values by size, its outputs, and the largest own
-    error that a layer may have."""
+    error that a layer may have. `scaled`: what is inside of a layer may have factors for its channels."""
 
     module: torch.nn.Module
     case: Case
     values: Mapping[int, Sequence[Value]]
     outputs: Mapping[str, Array]
     allowed: float
+    scaled: bool = False
 
     def matches(self, content: Array, after: int, until: float = float("inf")) -> list[Match]:
         """The values of a tensor's size between two places of the file, beside it, in that order."""
-        found = [value for value in self.values.get(content.size, ()) if after < value.place <= until]
-        return [Match(value, relative(value.content, content), alike(value.content, content)) for value in found]
+        return [
+            Match(value, relative(value.content, content), alike(value.content, content))
+            for value in self._between(content, after, until)
+        ]
+
+    def nearest(self, content: Array, after: int, until: float) -> Match | None:
+        """The nearest of those, for a tensor inside of a layer; None where there is none."""
+        least = min(self.matches(content, after, until), key=lambda match: match.error, default=None)
+        if least is None or least.error <= self.allowed or not self.scaled or content.size % self.case.mask.size:
+            return least
+        found = self._between(content, after, until)
+        tokens = self.case.mask.size
+        scaled = [
+            Match(value, relative_by_channel(value.content, content, tokens), alike(value.content, content)) for value in found
+        ]
+        closest = min(scaled, key=lambda match: match.error)
+        return closest if closest.error <= self.allowed else least
+
+    def _between(self, content: Array, after: int, until: float) -> list[Value]:
+        return [value for value in self.values.get(content.size, ()) if after < value.place <= until]
 
 
 @dataclass(frozen=True)
@@ -193,7 +222,7 @@ def inside(walk: Walk, records: Sequence[Record], ends: Mapping[Key, End]) -> It
         prefix = f"{keys[layer].module}." if layer < len(keys) else ""
         if not any(np.array_equal(record.content, content) for content in contents):
             contents.append(record.content)
-            match = min(walk.matches(record.content, before, until), key=lambda match: match.error, default=None)
+            match = walk.nearest(record.content, before, until)
             inner = record.key.module.removeprefix(prefix)
             kind = f"{inner} {record.taken}" if prefix and record.key.module.startswith(prefix) else f"{layer} {inner}"
             found = Seen(record, match, kind, layer)

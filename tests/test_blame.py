@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
+from compiler import cpu
 from compiler.backends import BACKENDS, onnx
 from compiler.blame import Blame, Departure, Row, blame, choose, smallest
 from compiler.build import Build, Context
@@ -25,12 +27,14 @@ from compiler.hashing import hash_file
 from compiler.manifest import MANIFEST, from_bytes
 from compiler.manifest import SAMPLES as RELEASED
 from compiler.numerics import Array, Case
+from compiler.quantization.layers import Layers
 from compiler.samples import NONE, read_cases
 from compiler.spine import plan_model
 from compiler.stages.load import SAMPLES, load
 from compiler.store import Store
-from compiler.types import Artifact, Target
+from compiler.types import Artifact, File, Target
 from compiler.verify import find_original, known_samples, open_release
+from tests.backends.test_torchscript_int8 import plan
 from tests.conftest import Command, build_folder, error_line, seal
 from tests.releases import release_of
 from tests.test_contract import PRECISIONS, Prepared
@@ -196,6 +200,35 @@ def test_a_precision_that_nobody_told_of(bert_subject: Subject, tmp_path: Path) 
     assert len(owns) == 4
     assert all(own is not None and own < found.allowed for own in owns)
     assert max(own for own in owns if own is not None) > 1e-3  # it is quantized
+
+
+INT8 = [f"encoder.layer.1.{name}" for name in ("output.dense", "attention.output.dense", "attention.self.value")]
+
+
+@pytest.mark.parametrize("format", BACKENDS)
+def test_int8(bert_subject: Subject, tmp_path: Path, format: str) -> None:
+    """Products in 8 bits, those of the first layer's attention left out, where others' inputs are evened out in the layer
+    before: sound, no layer departs; spoiled, the one is named, and not what stands in the file in another form."""
+    root, artifact = bert_subject.prepared.export(Target(format, "fp32"))
+    case = choose(read_cases(bert_subject.prepared.reference / SAMPLES, bert_subject.prepared.known))
+    module = load(bert_subject.prepared.snapshot, bert_subject.prepared.task).module
+    inputs = {name: torch.from_numpy(value) for name, value in case.inputs.items()}
+    found = plan(module, inputs, most=127 if cpu.has(cpu.WIDE_SUMS) else 63)
+    chosen = [
+        layer for layer in found if not layer.name.startswith("encoder.layer.0.attention") and "pooler" not in layer.name
+    ]
+    BACKENDS[format].quantize(tmp_path / "int8", root, Layers(chosen), "fp32")
+    files = tuple(File(path, "", 0) for path in BACKENDS[format].files("int8"))
+    made = replace(artifact, precision="int8", files=files)
+    sound = bert_subject.blame(tmp_path / "sound", tmp_path / "int8", made)
+    assert sound.departs is None, sound.verdict
+    for number, name in enumerate(INT8):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "int8", folder / "spoiled")
+        spoil(folder / "spoiled", made, next(layer.weight for layer in chosen if layer.name == name), reverse)
+        spoiled = bert_subject.blame(folder / "aside", folder / "spoiled", made)
+        assert spoiled.departs is not None, name
+        assert spoiled.departs.layer == name
 
 
 def test_a_layer_that_is_not_in_the_file(bert_subject: Subject) -> None:
