@@ -1,10 +1,11 @@
 #!/bin/sh
-# Unpack what the tests of registries talk to, docker-registry and skopeo, from Debian's packages into the folder $1.
-# Nothing is installed or started, and nobody need be root. Without apt-get those tests skip, and say why.
+# Unpack what tests need beside Python, docker-registry and skopeo, which those of registries talk to, and qemu, which runs a
+# CPU that has no VNNI, from Debian's packages into the folder $1. Nothing is installed or started, and nobody need be root.
+# Without apt-get those tests skip, and say why.
 set -eu
 folder=$1
 if ! command -v apt-get >/dev/null || ! command -v dpkg >/dev/null; then
-    echo "no apt-get here: the tests that need docker-registry will be skipped" >&2
+    echo "no apt-get here: the tests that need docker-registry or qemu will be skipped" >&2
     exit 0
 fi
 rm -rf "$folder"
@@ -20,8 +21,9 @@ if ! fetch docker-registry; then
         exit 1
     fi
 fi
-# A second client, with its libraries as Debian's releases name them; the one test that asks it skips without.
-for package in skopeo libgpgme11 libgpgme11t64 libassuan0 libassuan9 libdevmapper1.02.1; do
+# A second client, and a CPU, with their libraries as Debian's releases name them; the tests that ask them skip without.
+for package in skopeo libgpgme11 libgpgme11t64 libassuan0 libassuan9 libdevmapper1.02.1 \
+    qemu-user libcapstone4 libcapstone5 libglib2.0-0 libglib2.0-0t64 libgnutls30 libgnutls30t64 libnuma1 liburing2; do
     fetch "$package" || true
 done
 for package in *.deb; do

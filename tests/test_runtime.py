@@ -260,6 +260,27 @@ def test_it_warns_where_it_was_not_shown_to_be_right(
     assert "sums of its 8-bit products may saturate here; build it with quantize: {cpu: avx2}" in caplog.text
 
 
+def test_a_runtime_that_does_not_open_the_file(
+    folder: Path,
+    read: tuple[Manifest, tuple[Report, ...]],
+    features: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In one line, and with what was to be warned of, which may be the cause."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no kernel for\nSoftmax")
+
+    monkeypatch.setattr(runtime, "read_release", lambda _: (with_needs(read), read[1]))
+    monkeypatch.setattr(runtime.BACKENDS["openvino"], "open", refuse)
+    features("x86_64 avx2 avx512f")
+    with pytest.raises(InputError) as caught:
+        runtime.load(folder, format="openvino", precision="fp32")
+    assert "openvino does not open openvino/openvino_model.xml here: no kernel for Softmax; take another" in str(caught.value)
+    assert "saturate here" in caplog.text
+
+
 def test_the_order_without_a_benchmark(read: tuple[Manifest, tuple[Report, ...]]) -> None:
     assert chosen(read, None) == "openvino fp32"
     elsewhere = benchmark_of({"onnx fp32": (9.0,)}, machine="another")

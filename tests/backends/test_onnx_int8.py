@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ from compiler.quantization.layers import NO_TABLE, Layers, QuantizedLinear, dige
 from compiler.stages.load import run_eager
 from compiler.types import Model, Target
 from tests.backends.conftest import export
+from tests.debian import MISSING, environment, program
 from tests.quantization.formula import formula, rows_of, widened, with_rows
 
 Array = np.ndarray[Any, Any]
@@ -284,6 +284,15 @@ def test_gemm_of_both_orientations_and_what_is_joined() -> None:
     assert np.allclose(got[2], got[0] @ tied, atol=1e-3)
 
 
+# It has AVX2 and no VNNI. ONNX Runtime itself has no setting that caps what it uses of a CPU.
+HASWELL = pytest.mark.skipif(program("qemu-x86_64") is None, reason=MISSING.format("qemu-x86_64"))
+
+
+def haswell(script: str, *arguments: str) -> None:
+    command = [str(program("qemu-x86_64")), "-cpu", "Haswell", sys.executable, "-c", script, *arguments]
+    subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=300)
+
+
 SATURATING = """
 import sys, numpy as np, onnxruntime
 options = onnxruntime.SessionOptions()
@@ -294,10 +303,7 @@ np.save(sys.argv[1] + ".npy", session.run(None, {"x": np.ones((3, 64), np.float3
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which("qemu-x86_64") is None, reason="needs qemu-x86_64, which runs a CPU that has AVX2 and no more"
-)
+@HASWELL
 @pytest.mark.parametrize(("top", "precise", "right"), [(127, "0", False), (127, "1", True), (63, "0", True)])
 def test_cpus_whose_sums_saturate(tmp_path: Path, top: int, precise: str, right: bool) -> None:
     """With AVX2 alone two products are summed in 16 bits: 2 × 255 × 127 is too much for these, 2 × 255 × 63 is not."""
@@ -307,8 +313,6 @@ def test_cpus_whose_sums_saturate(tmp_path: Path, top: int, precise: str, right:
     onnx_int8.quantize(model, Layers([layer]))
     path = tmp_path / "model.onnx"
     onnx_ir.save(model, path)
-    # The runtime itself has no setting that caps what it uses of a CPU.
-    command = ["qemu-x86_64", "-cpu", "Haswell", sys.executable, "-c", SATURATING, str(path), precise]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    haswell(SATURATING, str(path), precise)
     expected = formula(torch.ones(3, 64), layer, None).float().numpy()
     assert np.allclose(np.load(f"{path}.npy"), expected, rtol=1e-5) == right

@@ -20,6 +20,7 @@ from compiler.quantization.layers import Layers, QuantizedLinear, digest
 from compiler.stages.load import run_eager
 from compiler.types import Model, Target
 from tests.backends.conftest import export
+from tests.backends.test_onnx_int8 import HASWELL, haswell
 from tests.backends.test_torchscript_int8 import emulate, plan
 from tests.quantization.formula import rows_of, widened, with_rows
 
@@ -97,6 +98,29 @@ def test_channels_given_more_than_once(tmp_path: Path, model: Model, exported: P
         error, difference = (np.abs(side - expected)[real] for side in (answer(tmp_path / FILE, inputs), narrow))
         assert np.median(error) < 1e-5
         assert error.max() < difference.max() / 2
+
+
+ANSWER = """
+import sys, numpy as np, openvino
+compiled = openvino.Core().compile_model(sys.argv[1], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+np.save(sys.argv[1] + ".npy", compiled(dict(np.load(sys.argv[2])))[0])
+"""
+
+
+@HASWELL
+def test_cpu_without_vnni(tmp_path: Path, model: Model, exported: Path) -> None:
+    """The sums of pairs are of 16 bits on AVX2, which weights within ±63 cannot fill: they answer as the formula there too."""
+    inputs = BATCHES["right"]
+    narrow = plan(model.module, {name: torch.from_numpy(value) for name, value in BATCHES["unpadded"].items()}, most=63)
+    backend.quantize(tmp_path, exported, Layers(narrow), "fp32")
+    np.savez(tmp_path / "given.npz", allow_pickle=False, **inputs)
+    haswell(ANSWER, str(tmp_path / FILE), str(tmp_path / "given.npz"))
+    real = inputs["attention_mask"].astype(bool)
+    expected = next(iter(run_eager(replace(model, module=emulate(model.module, narrow)), inputs).values()))
+    original = next(iter(run_eager(model, inputs).values()))
+    error, rounding = (np.abs(side - expected)[real] for side in (np.load(f"{tmp_path / FILE}.npy"), original))
+    assert np.median(error) < 1e-5
+    assert error.max() < rounding.max() / 2
 
 
 def test_embeddings_by_the_row(tmp_path: Path, model: Model, exported: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import time
 import urllib.error
@@ -13,16 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from tests.debian import MISSING, program
 from tests.ports import free_port
-
-ROOT = Path(__file__).parents[2] / ".venv" / "servers"
-PATH = os.pathsep.join([str(ROOT / "usr" / "bin"), os.environ.get("PATH", "")])
-MISSING = "{0} is not here: `make .venv/servers/ready` fetches it where there is apt-get"
-
-
-def program(name: str) -> str | None:
-    """Where a server's or a client's program is."""
-    return shutil.which(name, path=PATH)
 
 
 class DockerRegistry:

@@ -24,9 +24,11 @@ from compiler.registries import modelpack, oci, oci_client, transfer
 from compiler.registries.oci_client import Client, Upload
 from compiler.stages.publish import pull, push
 from compiler.types import File
+from tests import debian
+from tests.debian import MISSING, program
 from tests.registries.conftest import FILES, make_release, signed_round_trip
 from tests.registries.proxy import ALWAYS, Fault, Proxy
-from tests.registries.servers import MISSING, ROOT, DockerRegistry, program
+from tests.registries.servers import DockerRegistry
 
 pytestmark = pytest.mark.skipif(program("docker-registry") is None, reason=MISSING.format("docker-registry"))
 
@@ -230,8 +232,7 @@ def test_the_artifact_is_a_modelpack_of_raw_layers_and_always_the_same_bytes(
 def test_skopeo_reads_and_copies_what_was_pushed(tmp_path: Path, server: DockerRegistry, url: str) -> None:
     make_release(tmp_path / "release")
     push(tmp_path / "release", url, ("latest",))
-    libraries = ":".join(str(folder) for base in ("lib", "usr/lib") for folder in (ROOT / base).glob("*-linux-gnu*"))
-    environment = {**os.environ, "LD_LIBRARY_PATH": libraries, "HOME": str(tmp_path)}
+    environment = {**debian.environment(), "HOME": str(tmp_path)}
 
     def skopeo(*arguments: str) -> bytes:
         command = [str(program("skopeo")), "--insecure-policy", *arguments]

@@ -24,9 +24,10 @@ from compiler.errors import RegistryError
 from compiler.registries import transfer
 from compiler.registries.oci_login import Credentials, Login, credentials, parse_challenge
 from compiler.stages.publish import pull, push
+from tests.debian import MISSING, program
 from tests.registries.conftest import make_release
 from tests.registries.proxy import ALWAYS, Fault, Proxy
-from tests.registries.servers import MISSING, DockerRegistry, program
+from tests.registries.servers import DockerRegistry
 
 needs_server = pytest.mark.skipif(program("docker-registry") is None, reason=MISSING.format("docker-registry"))
 
