@@ -20,6 +20,7 @@ import pytest
 
 import compiler
 from compiler import cpu, runtime
+from compiler.backends import BACKENDS
 from compiler.errors import InputError, ReleaseError
 from compiler.manifest import Manifest
 from compiler.runtime import CompiledModel, Output, choose
@@ -273,7 +274,7 @@ def test_a_runtime_that_does_not_open_the_file(
         raise RuntimeError("no kernel for\nSoftmax")
 
     monkeypatch.setattr(runtime, "read_release", lambda _: (with_needs(read), read[1]))
-    monkeypatch.setattr(runtime.BACKENDS["openvino"], "open", refuse)
+    monkeypatch.setattr(BACKENDS["openvino"], "open", refuse)
     features("x86_64 avx2 avx512f")
     with pytest.raises(InputError) as caught:
         runtime.load(folder, format="openvino", precision="fp32")
