@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -54,7 +55,7 @@ def _label(line: int, label: Any, names: Mapping[str, int]) -> int:
 
 
 def _number(line: int, label: Any, task: str) -> float:
-    if isinstance(label, bool) or not isinstance(label, (int, float)):
+    if isinstance(label, bool) or not isinstance(label, (int, float)) or not math.isfinite(label):
         raise ConfigError(f"data.validation:{line}: {EXPECTED[task]} {label!r} is no number")
     return float(label)
 

@@ -51,6 +51,7 @@ def test_what_is_expected(of: Any, given: list[Any], found: list[Any]) -> None:
         (model(labels=2, kind="regression"), [1], "label [1] is no list of 2 numbers"),
         (model(labels=2, kind="regression"), [1, "a"], "label 'a' is no number"),
         (model("feature-extraction"), "close", "score 'close' is no number"),
+        (model("feature-extraction"), float("nan"), "score nan is no number"),
     ],
 )
 def test_what_the_model_does_not_know(of: Any, given: Any, reason: str) -> None:
