@@ -73,7 +73,7 @@ def inspect(release: Path, as_json: bool) -> None:
             click.echo(f"  not int8 {name}: {reason}")
         for tried in artifact.ladder:
             figures = pairs({name: number(figure) for name, figure in tried["figures"].items()})
-            verdict = "passes" if tried["passed"] else "fails"
+            verdict = "passes" if tried["passed"] else tried.get("missed", "fails")  # an earlier version did not say
             amount = counted(tried["int8"], tried.get("tables", 0))
             click.echo(f"  tried    {amount} int8, cost {tried['cost']:g}: {figures}: {verdict}")
         for name, reason in artifact.declined.items():

@@ -208,6 +208,8 @@ def test_embeddings_are_int8_while_the_budget_holds(
     assert strict.kept[table] == search.TABLE_LEFT
     assert set(strict.int8) == set(small.int8) - {table}
     assert [rung["passed"] for rung in strict.ladder] == [True, False]
+    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "artifacts/tiny/1.0.1")]).output
+    assert re.search(r"^  tried .*: cosine misses \S+ by \S+$", shown, re.MULTILINE)
     assert strict.files[1].size > small.files[1].size + 2 * TABLE // 4
     given = made("1.0.2", quantize={"cpu": "avx2", "plan": {"openvino": list(strict.kept)}})
     assert given.files == strict.files
