@@ -142,8 +142,7 @@ def metric(given: Answers, expected: Sequence[Any]) -> tuple[str, float]:
             np.mean([span in right for span, right in zip(given["span"].tolist(), expected, strict=True)])
         )
     if "labels" in given:
-        chosen = [[str(label) for label in np.flatnonzero(row > 0)] for row in given["labels"]]
-        return "f1", f1([[str(label) for label in labels] for labels in expected], chosen, "micro")
+        return "f1", f1(expected, [np.flatnonzero(row > 0).tolist() for row in given["labels"]], "micro")
     return "accuracy", float((given["logits"].argmax(axis=1) == np.asarray(expected)).mean())
 
 

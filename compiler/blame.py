@@ -243,9 +243,9 @@ def look_inside(
     first_wrong = None
     for place, one in enumerate(own):
         behind = not right or place > right[-1]
-        if one.record.key.module.startswith(sound):
+        if one.good or one.record.key.module.startswith(sound):
             continue
-        if not one.good and (one.kind in visible or one.record.table or (behind and not siblings)):
+        if one.kind in visible or one.record.table or (behind and not siblings):
             first_wrong = place
             break
     rows = _inside_rows(plain, own, visible, first_wrong, calls)

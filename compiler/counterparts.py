@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,28 +99,29 @@ class Walk:
     allowed: float
     scaled: bool = False
 
-    def matches(self, content: Array, after: int, until: float = float("inf")) -> list[Match]:
+    def matches(
+        self,
+        content: Array,
+        after: int,
+        until: float = float("inf"),
+        error: Callable[[Array, Array], float] = relative,
+    ) -> list[Match]:
         """The values of a tensor's size between two places of the file, beside it, in that order."""
-        return [
-            Match(value, relative(value.content, content), alike(value.content, content))
-            for value in self._between(content, after, until)
-        ]
+        found = [value for value in self.values.get(content.size, ()) if after < value.place <= until]
+        return [Match(value, error(value.content, content), alike(value.content, content)) for value in found]
 
-    def nearest(self, content: Array, after: int, until: float) -> Match | None:
-        """The nearest of those, for a tensor inside of a layer; None where there is none."""
-        least = min(self.matches(content, after, until), key=lambda match: match.error, default=None)
+    def nearest(self, content: Array, after: int, until: float = float("inf")) -> Match | None:
+        """The nearest of those; None where there is none."""
+        return min(self.matches(content, after, until), key=lambda match: match.error, default=None)
+
+    def nearest_inside(self, content: Array, after: int, until: float) -> Match | None:
+        """The nearest for a tensor inside of a layer."""
+        least = self.nearest(content, after, until)
         if least is None or least.error <= self.allowed or not self.scaled or content.size % self.case.mask.size:
             return least
-        found = self._between(content, after, until)
-        tokens = self.case.mask.size
-        scaled = [
-            Match(value, relative_by_channel(value.content, content, tokens), alike(value.content, content)) for value in found
-        ]
-        closest = min(scaled, key=lambda match: match.error)
+        by_channel = partial(relative_by_channel, tokens=self.case.mask.size)
+        closest = min(self.matches(content, after, until, by_channel), key=lambda match: match.error)
         return closest if closest.error <= self.allowed else least
-
-    def _between(self, content: Array, after: int, until: float) -> list[Value]:
-        return [value for value in self.values.get(content.size, ()) if after < value.place <= until]
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def align(walk: Walk, keys: Sequence[Key]) -> dict[Key, End]:
         return max((end.match.value.place for end in ends.values() if end.match is not None), default=-1)
 
     def nearest(record: Record, ends: Mapping[Key, End]) -> Match | None:
-        return min(walk.matches(record.content, after(ends)), key=lambda match: match.error, default=None)
+        return walk.nearest(record.content, after(ends))
 
     def error_behind(ends: Mapping[Key, End]) -> float:
         """The own error of what follows, the next layer or the outputs."""
@@ -222,7 +224,7 @@ def inside(walk: Walk, records: Sequence[Record], ends: Mapping[Key, End]) -> It
         prefix = f"{keys[layer].module}." if layer < len(keys) else ""
         if not any(np.array_equal(record.content, content) for content in contents):
             contents.append(record.content)
-            match = walk.nearest(record.content, before, until)
+            match = walk.nearest_inside(record.content, before, until)
             inner = record.key.module.removeprefix(prefix)
             kind = f"{inner} {record.taken}" if prefix and record.key.module.startswith(prefix) else f"{layer} {inner}"
             found = Seen(record, match, kind, layer)

@@ -80,6 +80,12 @@ class RegistryError(CompileError):
     """A registry refused, cannot be reached, or holds what must not be used."""
 
 
+def brief(error: BaseException) -> str:
+    """What an error says, in one line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def meant(word: str, valid: Sequence[str], otherwise: str, cutoff: float = 0.5) -> str:
     """What a message about a misspelt word ends in: the valid one that is meant, or `otherwise` where none is so near."""
     close = difflib.get_close_matches(word, valid, n=1, cutoff=cutoff)

@@ -10,7 +10,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ def accuracy(expected: Sequence[Collection[str]], predicted: Sequence[Collection
     return sum(set(a) == set(b) for a, b in zip(expected, predicted, strict=True)) / len(expected)
 
 
-def f1(expected: Sequence[Collection[str]], predicted: Sequence[Collection[str]], average: str = "macro") -> float:
+def f1(expected: Sequence[Collection[Hashable]], predicted: Sequence[Collection[Hashable]], average: str = "macro") -> float:
     """F1 of labels, one or several an input: `micro`, of all decisions together; `macro`, the mean over the labels that are
     expected or predicted anywhere (scikit-learn's definitions)."""
-    right: Counter[str] = Counter()
-    found: Counter[str] = Counter()
-    wanted: Counter[str] = Counter()
+    right: Counter[Hashable] = Counter()
+    found: Counter[Hashable] = Counter()
+    wanted: Counter[Hashable] = Counter()
     for truth, guess in zip(expected, predicted, strict=True):
         right.update(set(truth) & set(guess))
         found.update(set(guess))

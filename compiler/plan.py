@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from compiler.manifest import differences
 from compiler.modalities import MODALITIES
 from compiler.sources import infer_task
 from compiler.store import Step, Store
-from compiler.tasks import EXPECTED, FILES, TASKS, parse_line, read_label
+from compiler.tasks import EXPECTED, FILES, TASKS, parse_line, parse_pair, read_label
 from compiler.types import HELD, LEAST_TEXTS, Precision, Snapshot, Target
 from compiler.workers import LOAD_THREADS, THREADS
 
@@ -390,8 +389,9 @@ def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -
         raise ConfigError(f"{key}: {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{key}: {path}: not UTF-8 text") from error
+    where = f"{key}: {path}"
     numbered = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
-    lines = tuple(parse_line(line, task, f"{key}: {path}:{number}") for number, line in numbered)
+    lines = tuple(parse_line(line, task, f"{where}:{number}") for number, line in numbered)
     if not lines:
         raise ConfigError(f"{key}: {path}: holds no line; give one JSON object a line")
     sha256 = hashlib.sha256(read).hexdigest()
@@ -399,15 +399,9 @@ def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -
     labels = tuple((number, label) for number, label in found if label is not None)
     if labels and len(labels) < len(lines):
         bare = next(number for number, label in found if label is None)
-        field = EXPECTED[task]
-        raise ConfigError(f"{key}: {path}:{bare}: has no {field} and other lines have; give all of them one, or none")
+        raise ConfigError(f"{where}:{bare}: has no {EXPECTED[task]} and other lines have; give all of them one, or none")
     if labels and task == "feature-extraction":  # a score is of two texts, and both are validation text
-        pairs = [
-            (number, *text, json.loads(line).get("text_pair")) for text, (number, line) in zip(lines, numbered, strict=True)
-        ]
-        if bare := next((number for number, _, pair in pairs if not isinstance(pair, str) or not pair.strip()), 0):
-            raise ConfigError(f"{key}: {path}:{bare}: has a score and no text_pair; a score says how close two texts are")
-        lines = tuple((text,) for _, *pair in pairs for text in pair)
+        lines = tuple((text,) for number, line in numbered for text in parse_pair(line, f"{where}:{number}"))
     if (kind := TASKS[task].fields[0]) in FILES:
         hashed: dict[str, list[str]] = {}
         for line in lines:

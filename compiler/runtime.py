@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler import cpu
 from compiler.backends import BACKENDS
-from compiler.errors import InputError
+from compiler.errors import InputError, brief
 from compiler.inputs import check_length, complete, is_tensor, output_bytes, shapes
 from compiler.manifest import Manifest
 from compiler.types import Artifact, Report, Runner
@@ -90,10 +90,9 @@ def load(
     except MemoryError:
         raise
     except Exception as error:  # each runtime has its own; the file is the one that was checked
-        said = " ".join(str(error).split())
         raise InputError(
             f"{manifest.name} {manifest.release}: {RUNTIMES[artifact.format]} does not open {artifact.files[0].path} here: "
-            f"{said[:300]}; take another format= or precision="
+            f"{brief(error)}; take another format= or precision="
         ) from error
     return _named(manifest)(folder, manifest, runner, artifact, reason)
 

@@ -88,10 +88,8 @@ def tokenize(model: Model, texts: Sequence[tuple[str, ...]], sequence: int, side
     sizes: tuple[int, ...] = (len(texts), sequence)
     if model.task == "multiple-choice":
         sizes = (len(texts), len(texts[0]) - 1, sequence)
-        texts = [(text, choice) for text, *choices in texts for choice in choices]
-    columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = model.tokenizer(
-        *columns,
+        *_columns(model, texts),
         truncation="longest_first",
         max_length=sequence,
         padding="max_length",
@@ -119,11 +117,17 @@ def together(model: Model, texts: Sequence[tuple[str, ...]]) -> dict[str, np.nda
 def shortened(model: Model, texts: Sequence[tuple[str, ...]], kind: str) -> str:
     """What a user is told of texts that `together` cuts, which are of some `kind`; empty when it cuts none."""
     most = length_of_texts(model)
+    lengths = [len(ids) for ids in model.tokenizer(*_columns(model, texts), verbose=False)["input_ids"]]
+    cut = sum(length > most for length in lengths)
+    return f"{cut} of {len(lengths)} {kind} texts have more than {most} tokens and are cut" if cut else ""
+
+
+def _columns(model: Model, texts: Sequence[tuple[str, ...]]) -> list[list[str]]:
+    """Texts as a tokenizer takes them: all first parts, and all second ones where there are some. A text is there once with
+    each of its choices."""
     if model.task == "multiple-choice":
         texts = [(text, choice) for text, *choices in texts for choice in choices]
-    columns = [list(column) for column in zip(*with_masks(model, texts), strict=True)]
-    cut = sum(len(ids) > most for ids in model.tokenizer(*columns, verbose=False)["input_ids"])
-    return f"{cut} of {len(texts)} {kind} texts have more than {most} tokens and are cut" if cut else ""
+    return [list(column) for column in zip(*texts, strict=True)]
 
 
 def masked_places(model: Model, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:

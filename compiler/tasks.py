@@ -114,6 +114,15 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+def parse_pair(text: str, where: str) -> tuple[str, str]:
+    """The two texts that the score of a line for feature-extraction is of. Raises ConfigError as `parse_line` does."""
+    line = json.loads(text)
+    pair = line.get("text_pair")
+    if not isinstance(pair, str) or not pair.strip():
+        raise ConfigError(f"{where}: has a score and no text_pair; a score says how close two texts are")
+    return line["text"], pair
+
+
 def read_label(text: str, task: str) -> Any:
     """What a line that `parse_line` took expects of the model, as it stands there; None where it says nothing."""
     return json.loads(text).get(EXPECTED[task])

@@ -244,40 +244,39 @@ def test_last_what_was_not_shown_to_be_right_here(
     assert chosen(whole, None, "openvino", "fp32") == "openvino fp32"
 
 
-def test_it_warns_where_it_was_not_shown_to_be_right(
-    folder: Path,
-    read: tuple[Manifest, tuple[Report, ...]],
-    features: Callable[[str], None],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+@pytest.fixture
+def needing(
+    folder: Path, read: tuple[Manifest, tuple[Report, ...]], monkeypatch: pytest.MonkeyPatch, features: Callable[[str], None]
+) -> Path:
+    """The release as one of which a file needs wide sums, on a CPU that has none, unless `features` says otherwise."""
     monkeypatch.setattr(runtime, "read_release", lambda _: (with_needs(read), read[1]))
+    features("x86_64 avx2 avx512f")
+    return folder
+
+
+def test_it_warns_where_it_was_not_shown_to_be_right(
+    needing: Path, features: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
     features("x86_64 avx2 avx512f avx512_vnni")
-    runtime.load(folder, format="openvino", precision="fp32")
+    runtime.load(needing, format="openvino", precision="fp32")
     assert "saturate" not in caplog.text
     features("x86_64 avx2 avx512f")
-    runtime.load(folder, format="openvino", precision="fp32")
+    runtime.load(needing, format="openvino", precision="fp32")
     assert "openvino fp32 was validated on a CPU with amx_int8 or avx512_vnni" in caplog.text
     assert "sums of its 8-bit products may saturate here; build it with quantize: {cpu: avx2}" in caplog.text
 
 
 def test_a_runtime_that_does_not_open_the_file(
-    folder: Path,
-    read: tuple[Manifest, tuple[Report, ...]],
-    features: Callable[[str], None],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    needing: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In one line, and with what was to be warned of, which may be the cause."""
 
     def refuse(*_: object) -> None:
         raise RuntimeError("no kernel for\nSoftmax")
 
-    monkeypatch.setattr(runtime, "read_release", lambda _: (with_needs(read), read[1]))
     monkeypatch.setattr(BACKENDS["openvino"], "open", refuse)
-    features("x86_64 avx2 avx512f")
     with pytest.raises(InputError) as caught:
-        runtime.load(folder, format="openvino", precision="fp32")
+        runtime.load(needing, format="openvino", precision="fp32")
     assert "openvino does not open openvino/openvino_model.xml here: no kernel for Softmax; take another" in str(caught.value)
     assert "saturate here" in caplog.text
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiler.errors import SourceError
-from compiler.samples import MAX_ACCURACY_LINES, cases, shortened
+from compiler.samples import MAX_ACCURACY_LINES, cases, shortened, with_masks
 from compiler.sources import check_tokenizer
 
 if TYPE_CHECKING:
@@ -120,4 +120,4 @@ def samples(
     from compiler.modalities import Samples
 
     found = cases(model, lines, batches, sequences)  # which says what is wrong with the text
-    return Samples(found, shortened(model, lines[:MAX_ACCURACY_LINES], "validation"))
+    return Samples(found, shortened(model, with_masks(model, lines[:MAX_ACCURACY_LINES]), "validation"))

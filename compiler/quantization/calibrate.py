@@ -133,8 +133,8 @@ def calibrate(
     }
     groups = [group for group in groups if _work(module, group) >= LEAST_SHARE * total]
     layers = [layer for group in groups for layer in quantize(module, group, bits)]
-    embeddings = tables(module)
-    left |= small_tables(module)
+    embeddings, small = tables(module)
+    left |= small
     save(out / LAYERS, [*layers, *embeddings])
     by_name = {layer.name: layer for layer in layers}
     emulation = Emulation(module, by_name.values())
@@ -176,29 +176,22 @@ def excerpts(texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return found
 
 
-def tables(module: torch.nn.Module, least: int = TABLE) -> list[QuantizedTable]:
+def tables(module: torch.nn.Module, least: int = TABLE) -> tuple[list[QuantizedTable], dict[str, str]]:
     """A model's embeddings that are large, of `least` bytes as float32, and have their weights to themselves, each row rounded
-    by a scale of its own."""
+    by a scale of its own; and why those that are small are none, by their names."""
     users = Counter(id(value) for part in module.modules() for value in part.parameters(recurse=False))
-    found = []
+    found, small = [], {}
     for name, part in module.named_modules():
-        if not isinstance(part, torch.nn.Embedding) or part.max_norm is not None or users[id(part.weight)] > 1:
+        if not isinstance(part, torch.nn.Embedding):
             continue
         rows = part.weight.detach().float()
-        if rows.numel() * rows.element_size() >= least:
+        if rows.numel() * rows.element_size() < least:
+            small[name] = f"an embedding of less than {least >> 20} MiB is not worth more operators"
+        elif part.max_norm is None and users[id(part.weight)] == 1:
             scale = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
             number = torch.round(rows / scale[:, None]).to(torch.int8)
             found.append(QuantizedTable(name, digest(rows.numpy()), number.numpy(), scale.numpy()))
-    return found
-
-
-def small_tables(module: torch.nn.Module, least: int = TABLE) -> dict[str, str]:
-    """Why embeddings that are too small are no tables."""
-    return {
-        name: f"an embedding of less than {least >> 20} MiB is not worth more operators"
-        for name, part in module.named_modules()
-        if isinstance(part, torch.nn.Embedding) and part.weight.numel() * 4 < least
-    }
+    return found, small
 
 
 def departure(before: Answers, after: Answers) -> float:

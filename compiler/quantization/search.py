@@ -24,7 +24,8 @@ from compiler.types import Check, Target
 if TYPE_CHECKING:
     from compiler.build import Build, Candidate
 
-# Why embeddings are left out of a plan that was searched for.
+# Why layers are left out of a plan that was searched for, with their error, and embeddings.
+LAYER_LEFT = "the budget: it costs the most accuracy for the work that it saves (error {:.2g}, with the layers of its input)"
 TABLE_LEFT = "the budget: with it in int8 as well, the plan that was found misses it"
 
 
@@ -68,14 +69,9 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
         advice = "leave int8 out of targets:, or set quantize.fallback: true to go on without"
         raise SlowError(f"{spec}: {target}: {slow}" + ("" if spec.quantize.fallback else f"; {advice}"))
     chosen = trials.rungs[found]
-    cost_of = {name: group["error"] for group in groups for name in group["names"]}
-    kept = {
-        name: "the budget: it costs the most accuracy for the work that it saves"
-        + (f" (error {cost_of[name]:.2g}, with the layers of its input)" if name in cost_of else "")
-        for name in chosen.out
-    }
+    kept = dict.fromkeys(chosen.out, TABLE_LEFT)
+    kept |= {name: LAYER_LEFT.format(group["error"]) for group in groups for name in group["names"] if name in kept}
     kept |= dict.fromkeys(chosen.slow, "to quantize its input takes longer than int8 saves")
-    kept |= {name: TABLE_LEFT for name in tables if name in kept}
     if named is not None:
         kept = dict.fromkeys(kept, "quantize.plan says so")
     known = {name: value for name, value in entry.info.items() if name != "left"}
@@ -117,6 +113,7 @@ class _Trials:
         checks = judge(entry.info["outputs"], limits)
         failed = [check for check in checks if not check.passed]
         figures = entry.info["outputs"].get("answers", {"figures": {}})["figures"]
+        verdict = _missed(failed[0]) if failed else "passes"
         self.told.append(
             {
                 "int8": len(set(tried.int8) - self._tables),
@@ -125,11 +122,10 @@ class _Trials:
                 "cost": tried.cost,
                 "figures": {name: round(figure, 6) for name, figure in figures.items()},
                 "passed": not failed,
-                **({"missed": _missed(failed[0])} if failed else {}),
+                **({"missed": verdict} if failed else {}),
             }
         )
         shown = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
-        verdict = self.told[-1].get("missed", "passes")
         milliseconds = f", {entry.info['milliseconds'] / 1e3:.1f} s for all texts"
         amount = self._amount(tried)
         self.build.tell_rung(self.target, "tried", f"{amount} int8: {shown}{milliseconds}: {verdict}")

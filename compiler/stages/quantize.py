@@ -43,11 +43,14 @@ def calibrate(
     from compiler.quantization import calibrate as calibration
 
     model = _load(out, snapshot, task, options)
-    known = calibration.calibrate(out, model, with_masks(model, samples), with_masks(model, held), pooling(snapshot), bits)
+    samples, held = with_masks(model, samples), with_masks(model, held)
+    known = calibration.calibrate(out, model, samples, held, pooling(snapshot), bits)
     if not known["groups"]:
         raise StageError("the model has no linear layer that int8 would make faster; leave int8 out of targets:")
-    notes = [shortened(model, [*samples, *(text for text in held if text not in samples)], "calibration")]
-    if set(held) <= set(samples):
+    shaped = set(samples)
+    others = [text for text in held if text not in shaped]
+    notes = [shortened(model, [*samples, *others], "calibration")]
+    if not others:
         notes.append(f"layers are judged on texts that shaped them: fewer than {HELD} are there beyond samples:")
     return {**known, "note": "; ".join(note for note in notes if note)}
 

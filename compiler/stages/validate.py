@@ -8,7 +8,7 @@ from typing import Any
 
 from compiler.accuracy import ANSWER, Answering, figures
 from compiler.backends import BACKENDS
-from compiler.errors import NumericsError
+from compiler.errors import NumericsError, brief
 from compiler.numerics import Case, Pair, compare, noise, rows
 from compiler.samples import ACCURACY, read_cases
 from compiler.types import Artifact, Signature, Tensor
@@ -38,7 +38,7 @@ def validate(
     try:
         runner = BACKENDS[artifact.format].open(root, artifact, THREADS)
     except Exception as error:
-        raise NumericsError(f"{where}: the file does not open in its runtime: {_brief(error)}") from error
+        raise NumericsError(f"{where}: the file does not open in its runtime: {brief(error)}") from error
 
     int8 = artifact.precision == "int8"
     texts = Answering(known.get("answering"))
@@ -50,7 +50,7 @@ def validate(
         try:
             outputs = runner(case.inputs)
         except Exception as error:
-            raise NumericsError(f"{where}: it does not run on sample {case.name!r} ({shape}): {_brief(error)}") from error
+            raise NumericsError(f"{where}: it does not run on sample {case.name!r} ({shape}): {brief(error)}") from error
         for tensor in tensors:
             if tensor.name not in outputs:
                 raise NumericsError(f"{where}: it has no output {tensor.name}; it has {', '.join(outputs)}")
@@ -107,8 +107,3 @@ def _shape(tensor: Tensor, case: Case, signature: Signature) -> tuple[int, ...]:
         if isinstance(axis, str)
     }
     return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:297]}..."
