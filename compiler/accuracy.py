@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from compiler.metrics import f1, spearman
+from compiler.metrics import entity_f1, f1, spearman
 from compiler.numerics import Array, Case, cosine
 from compiler.types import LEAST_TEXTS, Model
 
@@ -124,12 +124,13 @@ def spans(starts: Array, ends: Array, mask: Array) -> Array:
     return found
 
 
-def metric(given: Answers, expected: Sequence[Any]) -> tuple[str, float]:
+def metric(given: Answers, expected: Sequence[Any], tags: Sequence[str] = ()) -> tuple[str, float]:
     """The task's own metric of answers, by its name.
 
-    Of the labels' logits `accuracy`, and `f1` (micro) where a text may have several; of spans `exact_match`; of scores, and of
-    the cosines of pairs of embeddings (the first and the second, the third and the fourth …), `spearman` with those that are
-    expected, of several scores a text the lowest. `expected` is what `compiler.expected.expected` returns.
+    Of the labels' logits `accuracy`, and `f1` (micro) where a text may have several; of words' `tags`, which are called so,
+    entities' `f1`; of spans `exact_match`; of scores, and of the cosines of pairs of embeddings (the first and the second, the
+    third and the fourth …), `spearman` with those that are expected, of several scores a text the lowest. `expected` is what
+    `compiler.expected.expected` returns.
     """
     if "embedding" in given:
         pairs = given["embedding"][: 2 * len(expected)]
@@ -143,10 +144,24 @@ def metric(given: Answers, expected: Sequence[Any]) -> tuple[str, float]:
         )
     if "labels" in given:
         return "f1", f1(expected, [np.flatnonzero(row > 0).tolist() for row in given["labels"]], "micro")
+    if tags:
+        chosen = given["logits"].argmax(axis=1)
+        said = [[tags[number] for number in chosen[text["places"]]] for text in expected]
+        return "f1", entity_f1([text["tags"] for text in expected], said)["f1"]
     return "accuracy", float((given["logits"].argmax(axis=1) == np.asarray(expected)).mean())
 
 
-def figures(reference: Answers, actual: Answers, labels: Sequence[Any] | None = None) -> dict[str, float]:
+def tag_names(model: Model) -> list[str]:
+    """What the labels of a token classifier are called, in the order of their numbers; none of another model."""
+    config: Any = model.module.config
+    return (
+        [str(config.id2label[number]) for number in range(config.num_labels)] if model.task == "token-classification" else []
+    )
+
+
+def figures(
+    reference: Answers, actual: Answers, labels: Sequence[Any] | None = None, tags: Sequence[str] = ()
+) -> dict[str, float]:
     """How far answers, stacked over all texts, are from the original's.
 
     `cosine`: the smallest of a text's two embeddings. `neighbours`: the share of texts whose nearest other text, among the
@@ -154,8 +169,8 @@ def figures(reference: Answers, actual: Answers, labels: Sequence[Any] | None = 
     similarities of all pairs of texts; of scores, of the texts' own. `argmax`: the share of rows of logits with the same
     largest element; where each label is for itself, with the same labels above 1/2. `kl`: the mean of KL(original ||
     artifact) of their softmax, nats; where each label is for itself, the sum over them. `spans`: the share of answers with
-    the same start and end. With `labels`, the task's `metric`, and `drop`, by how much that fell (0.01 is a point; negative
-    when it rose). An answer that is not finite makes every figure the worst possible.
+    the same start and end. With `labels`, the task's `metric` (of words by their `tags`), and `drop`, by how much that fell
+    (0.01 is a point; negative when it rose). An answer that is not finite makes every figure the worst possible.
     """
     found: dict[str, float] = {}
     if any(not np.isfinite(value).all() for value in actual.values()) or (actual.get("span", np.zeros(1)) < 0).any():
@@ -189,8 +204,8 @@ def figures(reference: Answers, actual: Answers, labels: Sequence[Any] | None = 
     if "span" in reference:
         found["spans"] = float((reference["span"] == actual["span"]).all(axis=1).mean())
     if labels is not None:
-        name, now = metric(actual, labels)
-        found |= {name: now, "drop": metric(reference, labels)[1] - now}
+        name, now = metric(actual, labels, tags)
+        found |= {name: now, "drop": metric(reference, labels, tags)[1] - now}
     return found
 
 

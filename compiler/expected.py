@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,13 +27,16 @@ def expected(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> 
 
     Returns:
         feature-extraction: the pairs' scores; question-answering: for each question the right spans, `[start, end]` in tokens;
-        text-classification: labels' numbers, a list of them a text where it may have several, or a regression's numbers.
+        text-classification: labels' numbers, a list of them a text where it may have several, or a regression's numbers;
+        token-classification: the `tags` of a text's words by name, and their `places` among the real tokens of all texts.
 
     Raises:
         ConfigError: something else stands there, or what the model does not know.
     """
     if model.task == "question-answering":
         return list(_spans(model, lines, labels))
+    if model.task == "token-classification":
+        return list(_tagged(model, lines, labels))
     if model.task == "feature-extraction":
         return [_number(line, label, model.task) for line, label in labels]
     config: Any = model.module.config
@@ -39,10 +44,14 @@ def expected(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> 
         if config.num_labels == 1:
             return [_number(line, label, model.task) for line, label in labels]
         return [_numbers(line, label, config.num_labels) for line, label in labels]
-    names = {str(name): int(number) for name, number in (config.label2id or {}).items()}
+    names = _names(config)
     if kind == CHOICE:
         return [_label(line, label, names) for line, label in labels]
     return [[_label(line, one, names) for one in (label if isinstance(label, list) else [label])] for line, label in labels]
+
+
+def _names(config: Any) -> dict[str, int]:
+    return {str(name): int(number) for name, number in (config.label2id or {}).items()}
 
 
 def _label(line: int, label: Any, names: Mapping[str, int]) -> int:
@@ -66,19 +75,22 @@ def _numbers(line: int, label: Any, count: int) -> list[float]:
     return [_number(line, one, "text-classification") for one in label]
 
 
+def _check_fast(model: Model, line: int, what: str) -> None:
+    if not model.tokenizer.is_fast:
+        raise ConfigError(
+            f"data.validation:{line}: {type(model.tokenizer).__name__} does not tell where tokens stand in a text, so {what} "
+            f"cannot be judged; leave {what} out"
+        )
+
+
 def _spans(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> Iterator[list[list[int]]]:
     """Where answers stand in the tokens of a question and its context; the first token's place where there is none, as SQuAD
     2 has it. An answer may stand there several times, or be cut off."""
-    tokenizer = model.tokenizer
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"data.validation:{labels[0][0]}: {type(tokenizer).__name__} does not tell where tokens stand in a text, so "
-            "answers cannot be judged; leave answers out"
-        )
+    _check_fast(model, labels[0][0], "answers")
     for (question, context), (line, given) in zip(lines, labels, strict=True):
         if (texts := answer_texts(given)) is None:
             raise ConfigError(f"data.validation:{line}: answers {given!r} is no list of texts")
-        encoded = tokenizer(
+        encoded = model.tokenizer(
             question, context, truncation="longest_first", max_length=length_of_texts(model), return_offsets_mapping=True
         )
         found = [] if texts else [[0, 0]]
@@ -92,3 +104,36 @@ def _spans(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> It
                 if inside:
                     found.append([inside[0], inside[-1]])
         yield found
+
+
+def _tagged(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> Iterator[dict[str, Any]]:
+    """A word's place is that of its first token, as `compiler.pipelines.words` has it. Words that are cut off have none, and
+    are not judged."""
+    _check_fast(model, labels[0][0], "tags")
+    names = _names(model.module.config)
+    by_number = {number: name for name, number in names.items()}
+    before = 0
+    for (text,), (line, given) in zip(lines, labels, strict=True):
+        words, tags = given["tokens"], given["tags"]
+        if not isinstance(words, list):
+            raise ConfigError(f"data.validation:{line}: has tags and no tokens; a tag is of a word, and tokens are the words")
+        if not isinstance(tags, list) or len(tags) != len(words):
+            raise ConfigError(f"data.validation:{line}: field 'tags' is no list of {len(words)} labels, one a word")
+        ends = list(itertools.accumulate(len(word) + 1 for word in words))
+        encoded = model.tokenizer(
+            text,
+            truncation="longest_first",
+            max_length=length_of_texts(model),
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+        )
+        first: dict[int, int] = {}
+        for place, ((start, end), special) in enumerate(
+            zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
+        ):
+            if not special and end > start:
+                # A token may begin with the space before its word.
+                first.setdefault(bisect.bisect_right(ends, start + text[start:end].startswith(" ")), before + place)
+        before += len(encoded["input_ids"])
+        tagged = [by_number[_label(line, tag, names)] for tag in tags]
+        yield {"places": list(first.values()), "tags": [tagged[word] for word in first]}

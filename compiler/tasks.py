@@ -30,7 +30,12 @@ Modality = Literal["text", "image", "audio", "image-text"]
 # Fields that name a file, relative to the data file, and fields that are a list of at least so many texts.
 FILES = ("image", "audio")
 # The field of a line that says what is expected of the model: a task's own metric is of that.
-EXPECTED: Mapping[str, str] = {"feature-extraction": "score", "text-classification": "label", "question-answering": "answers"}
+EXPECTED: Mapping[str, str] = {
+    "feature-extraction": "score",
+    "text-classification": "label",
+    "token-classification": "tags",
+    "question-answering": "answers",
+}
 LISTS: Mapping[str, int] = {"choices": 2, "texts": 1}
 
 
@@ -86,7 +91,8 @@ def infer(config: Mapping[str, Any], sentence_transformer: bool, modality: Modal
 
 def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     """One line of a data file, as the texts that the processor takes: one, a pair, or one (the path of a file, too) and a
-    list of others.
+    list of others. For token-classification the text may be given as a list of words, `tokens`, and where
+    these have `tags` it is.
 
     Raises:
         ConfigError: the line is not a JSON object, or lacks a field of the task. `where` says which line it is.
@@ -98,6 +104,12 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     entry = TASKS[task]
     if not isinstance(line, dict):
         raise ConfigError(f"{where}: not a JSON object; a line for {task} is {example(task)}")
+    # Tags are of words, whatever a text beside them is.
+    if task == "token-classification" and "tokens" in line and ("text" not in line or "tags" in line):
+        words = line["tokens"]
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or not "".join(words).strip():
+            raise ConfigError(f"{where}: field 'tokens' is no list of words; a line for {task} is {example(task)}")
+        return (" ".join(words),)
     values: list[str] = []
     for name in entry.fields:
         if name not in line and name in entry.optional:
@@ -124,8 +136,12 @@ def parse_pair(text: str, where: str) -> tuple[str, str]:
 
 
 def read_label(text: str, task: str) -> Any:
-    """What a line that `parse_line` took expects of the model, as it stands there; None where it says nothing."""
-    return json.loads(text).get(EXPECTED[task])
+    """What a line that `parse_line` took expects of the model, as it stands there; None where it says nothing. Of tags, the
+    `tokens` that they are of, too."""
+    line = json.loads(text)
+    if task == "token-classification" and line.get("tags") is not None:
+        return {name: line.get(name) for name in ("tokens", "tags")}
+    return line.get(EXPECTED[task])
 
 
 def answer_texts(answers: Any) -> list[str] | None:

@@ -146,6 +146,16 @@ def test_drop_is_of_the_metric_of_the_task() -> None:
     found = figures({"labels": several}, {"labels": several * [1, 1, -1]}, labels=[[0, 2], [1]])
     assert (found["f1"], found["drop"]) == pytest.approx((2 / 3, 1 / 3))  # 2 · 2 / (3 + 3)
 
+    names = ["O", "B-PER", "I-PER"]
+    logits = np.eye(3)[
+        [0, 1, 2, 0, 0, 1, 0]
+    ]  # of seven tokens, of which the second, third and fourth, and the sixth begin words
+    words: list[Any] = [{"places": [1, 2, 3], "tags": ["B-PER", "I-PER", "O"]}, {"places": [5], "tags": ["B-PER"]}]
+    shorter = logits.copy()
+    shorter[2] = np.eye(3)[0]  # an entity ends too early
+    found = figures({"logits": logits}, {"logits": shorter}, labels=words, tags=names)
+    assert (found["f1"], found["drop"]) == (0.5, 0.5)  # 2 · 1 / (2 + 2)
+
     right = np.array([[1, 2], [0, 0], [5, 5], [3, 4]])
     expected = [[[7, 8], [1, 2]], [[0, 0]], [[5, 5]], [[3, 4]]]
     found = figures({"span": right}, {"span": np.array([[1, 3], [0, 0], [5, 5], [3, 4]])}, labels=expected)

@@ -97,5 +97,58 @@ def test_answers_that_are_none(tmp_path: Path, answers: Any, reason: str) -> Non
         expected(asked, [("Who?", "Ada reads.")], [(3, answers)])
     assert str(caught.value).startswith(f"data.validation:3: {reason}")
     slow = model("question-answering", tokenizer=SimpleNamespace(is_fast=False), positions=64)
-    with pytest.raises(ConfigError, match="does not tell where tokens stand"):
+    with pytest.raises(ConfigError, match="does not tell where tokens stand in a text, so answers cannot be judged"):
         expected(slow, [("Who?", "Ada reads.")], [(3, ["Ada"])])
+
+
+WORDS = [
+    ["Ada", "reads", "harbour-masters'", "books"],
+    ["\u200b", "Ben"],
+    ["Ada", "said", "hello", "again"] * 20,
+    ["Ben", "sleeps"],
+]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "deberta-v2", "xlm-roberta"])
+def test_words_by_their_first_tokens(tmp_path: Path, architecture: str) -> None:
+    """As transformers' tokenizers say it of sentences that are split into words."""
+    folder = save_checkpoint(tmp_path / "checkpoint", architecture, "token-classification")
+    more = {"add_prefix_space": True} if architecture == "roberta" else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **more)
+    asked = model("token-classification", tokenizer=tokenizer, positions=64, inputs=("input_ids", "attention_mask"))
+    lines = [(" ".join(words),) for words in WORDS]
+    given = [{"tokens": words, "tags": [NAMES["good"], *["odd"] * (len(words) - 1)]} for words in WORDS]
+    found = expected(asked, lines, list(enumerate(given, 1)))
+    inputs = together(asked, lines)
+    first: list[list[int]] = []
+    before = 0
+    for words, mask in zip(WORDS, inputs["attention_mask"], strict=True):
+        split = tokenizer(words, is_split_into_words=True, truncation=True, max_length=64)
+        assert len(split["input_ids"]) == mask.sum()
+        owners = split.word_ids()
+        first.append([before + owners.index(word) for word in sorted({word for word in owners if word is not None})])
+        before += len(owners)
+    assert [text["places"] for text in found] == first
+    assert len(first[2]) < len(WORDS[2])  # it is cut
+    assert [text["tags"] for text in found[2:]] == [["good", *["odd"] * (len(first[2]) - 1)], ["good", "odd"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"tokens": None, "tags": ["good"]}, "has tags and no tokens"),
+        ({"tokens": ["Ada", "reads"], "tags": ["good"]}, "field 'tags' is no list of 2 labels, one a word"),
+        ({"tokens": ["Ada"], "tags": "good"}, "field 'tags' is no list of 1 labels"),
+        ({"tokens": ["Ada"], "tags": ["B-PER"]}, "label 'B-PER' is none of the model's; it has bad, good, odd"),
+        ({"tokens": ["Ada"], "tags": [True]}, "label True is none"),
+    ],
+)
+def test_tags_that_are_none(tmp_path: Path, given: Any, reason: str) -> None:
+    folder = save_checkpoint(tmp_path / "checkpoint", "bert", "token-classification")
+    asked = model("token-classification", tokenizer=AutoTokenizer.from_pretrained(folder), positions=64)
+    with pytest.raises(ConfigError) as caught:
+        expected(asked, [("Ada reads",)], [(5, given)])
+    assert str(caught.value).startswith(f"data.validation:5: {reason}")
+    slow = model("token-classification", tokenizer=SimpleNamespace(is_fast=False), positions=64)
+    with pytest.raises(ConfigError, match="does not tell where tokens stand in a text, so tags cannot be judged"):
+        expected(slow, [("Ada",)], [(3, {"tokens": ["Ada"], "tags": ["good"]})])

@@ -100,6 +100,17 @@ def test_line_of_a_pair_keeps_the_order_of_the_task() -> None:
     assert parse_line('{"context": "c", "question": "q"}', QUESTION, "x") == ("q", "c")
 
 
+def test_line_of_words() -> None:
+    """As labelled data has them."""
+    task = "token-classification"
+    assert parse_line('{"tokens": ["Ada", "reads", ""], "tags": [1, 0, 0]}', task, "x") == ("Ada reads ",)
+    assert parse_line('{"tokens": ["Ada"], "text": "Ben"}', task, "x") == ("Ben",)
+    assert parse_line('{"tokens": ["Ada"], "text": "Ben", "tags": [0]}', task, "x") == ("Ada",)
+    for words in ("[]", '"Ada"', "[3]", '[" "]', "null"):
+        assert "field 'tokens' is no list of words" in refusal(f'{{"tokens": {words}}}', task)
+    assert "field 'text'" in refusal('{"tokens": ["Ada"]}', "fill-mask")
+
+
 def test_text_is_taken_as_it_is() -> None:
     text = "  Ünï \n\t\u2028 “x” \U0001f600 "
     assert parse_line(json.dumps({"text": text}), "fill-mask", "x") == (text,)

@@ -213,7 +213,7 @@ def batches(model: Model, texts: Sequence[tuple[str, ...]]) -> Iterator[Text]:
 def answer(
     model: Model, texts: Sequence[Text], pooling: Mapping[str, Any], *, soft: bool = False
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """The answers of the model as it is now, stacked over the texts; where an answer is one a text, in their order.
+    """The answers of the model as it is now, stacked over the texts, in their order.
 
     Args:
         soft: instead of spans, which seldom change, the start and end logits of real tokens, `[tokens, 2]`.
@@ -229,8 +229,17 @@ def answer(
                 continue
             parts.append(answers(model.task, arrays, text.mask.numpy(), pooling, text.places, problem(model)))
     order = np.argsort(np.concatenate([text.order for text in texts]))
-    stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return {name: value[order] if len(value) == len(order) else value for name, value in stacked.items()}
+    seen = (text.mask.numpy() if text.places is None else text.mask.numpy() & text.places for text in texts)
+    ends = np.concatenate([mask.reshape(len(mask), -1).sum(axis=1) for mask in seen]).cumsum()
+    found = {}
+    for name in parts[0]:
+        value = np.concatenate([part[name] for part in parts])
+        if len(value) != len(order):  # of each token
+            rows = np.split(value, ends[:-1])
+            found[name] = np.concatenate([rows[text] for text in order])
+        else:
+            found[name] = value[order]
+    return found
 
 
 def collect(module: torch.nn.Module, texts: Sequence[Text]) -> tuple[list[Group], dict[str, str]]:

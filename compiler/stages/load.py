@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiler.accuracy import ANSWER, Answering, problem
+from compiler.accuracy import ANSWER, Answering, problem, tag_names
 from compiler.embedding import with_sentence_embedding
 from compiler.errors import SourceError, StageError
 from compiler.expected import expected
@@ -392,6 +392,7 @@ def reference(
             "pooling": pooling(snapshot),
             "mask_token": model.tokenizer.mask_token_id,
             "problem": problem(model),
+            "tags": tag_names(model),
         }
     _write_reference(out, answered(), described.outputs, keep, answering)
     samples = {f"{number:03d}.{name}": value for number, case in enumerate(counted) for name, value in case.inputs.items()}

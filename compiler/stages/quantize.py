@@ -78,7 +78,7 @@ def predict(
         `bears`, the error: the geometric mean of what each emulation lets expect; and `tried`, of each of them the layers that
         were left `out` and the `figures`.
     """
-    from compiler.accuracy import figures
+    from compiler.accuracy import figures, tag_names
     from compiler.quantization import calibrate as calibration
     from compiler.quantization.layers import LAYERS
     from compiler.quantization.layers import load as load_layers
@@ -96,7 +96,7 @@ def predict(
     bears, tried = 1.0, []
     for number in sorted({first(errors, share * errors[0]) for share in SHARES}):
         with emulation.applied(rungs[number].int8):
-            found = figures(before, calibration.answer(model, texts, how), labels)
+            found = figures(before, calibration.answer(model, texts, how), labels, tag_names(model))
         checks = judge({"answers": {"figures": found, "worst": dict.fromkeys(found, "")}}, limits)
         bears *= min(bearable(checks, errors[number]), errors[0])
         tried.append({"out": list(rungs[number].out), "figures": {name: round(value, 6) for name, value in found.items()}})

@@ -92,7 +92,7 @@ def _coarse(result: Mapping[str, Any], pairs: Sequence[Pair], tensor: Tensor) ->
 
 def _accuracy(texts: Answering, expected: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     original = {name.removeprefix(ANSWER): value for name, value in expected.items() if name.startswith(ANSWER)}
-    found = figures(original, texts.stacked(), known.get("labels"))
+    found = figures(original, texts.stacked(), known.get("labels"), texts.how.get("tags", ()))
     count = len(next(iter(original.values())))
     return {"answers": {"figures": found, "worst": dict.fromkeys(found, f"all {count} of the validation text together")}}
 

@@ -221,6 +221,7 @@ def test_embeddings_are_int8_while_the_budget_holds(
         ("question-answering", {"question": "Who?", "context": "{} and Ben.", "answers": ["Ben"]}, "exact_match"),
         ("feature-extraction", {"text": "{} reads", "text_pair": "somebody reads", "score": 0.5}, "spearman"),
         ("text-classification", {"text": "{} reads", "label": 0}, "accuracy"),
+        ("token-classification", {"tokens": ["{}", "reads"], "tags": ["LABEL_1", 0]}, "f1"),
     ],
 )
 def test_the_tasks_own_metric(

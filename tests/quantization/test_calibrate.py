@@ -29,6 +29,7 @@ from compiler.quantization.calibrate import (
     quantize,
 )
 from compiler.quantization.layers import LAYERS, Layers, digest, load
+from compiler.samples import with_masks
 from compiler.types import Model
 from tests.backends.conftest import load_checkpoint
 from tests.quantization.formula import formula, widened
@@ -107,6 +108,15 @@ def test_answers_are_in_the_order_of_their_texts(model: Model) -> None:
     for number in (0, 17, 39):
         alone = answer(model, list(batches(model, [given[number]])), MEAN)["embedding"][0]
         assert whole[number] == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize("task", ["token-classification", "fill-mask"])
+def test_answers_of_tokens_are_in_the_order_of_their_texts(tmp_path: Path, task: str) -> None:
+    """Though the short ones are run together."""
+    model = load_checkpoint(save_checkpoint(tmp_path / "checkpoint", "bert", task), task)
+    given = with_masks(model, texts(40, 5))
+    alone = [answer(model, list(batches(model, [text])), MEAN)["logits"] for text in given]
+    assert answer(model, list(batches(model, given)), MEAN)["logits"] == pytest.approx(np.concatenate(alone), abs=1e-5)
 
 
 def test_excerpts() -> None:
