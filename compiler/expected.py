@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from compiler.accuracy import CHOICE, problem
 from compiler.errors import ConfigError
+from compiler.labelled import LINES
 from compiler.samples import length_of_texts
-from compiler.tasks import EXPECTED, answer_texts
+from compiler.tasks import EXPECTED, answer_texts, finite_number, label_number
 from compiler.types import Model
 
 Labels = Sequence[tuple[int, Any]]
@@ -44,29 +44,18 @@ def expected(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> 
         if config.num_labels == 1:
             return [_number(line, label, model.task) for line, label in labels]
         return [_numbers(line, label, config.num_labels) for line, label in labels]
-    names = _names(config)
+    names = config.id2label
     if kind == CHOICE:
         return [_label(line, label, names) for line, label in labels]
     return [[_label(line, one, names) for one in (label if isinstance(label, list) else [label])] for line, label in labels]
 
 
-def _names(config: Any) -> dict[str, int]:
-    return {str(name): int(number) for name, number in (config.label2id or {}).items()}
+def _number(line: int, value: Any, task: str) -> float:
+    return finite_number(value, EXPECTED[task], f"data.validation:{line}", LINES[task])
 
 
-def _label(line: int, label: Any, names: Mapping[str, int]) -> int:
-    """The number of a label that is given by its name or its number; 1.0 is 1, as some writers of JSON have it."""
-    whole = isinstance(label, (int, float)) and not isinstance(label, bool) and float(label).is_integer()
-    number = int(label) if whole else names.get(label) if isinstance(label, str) else None
-    if number is None or not 0 <= number < max(len(names), 1):
-        raise ConfigError(f"data.validation:{line}: label {label!r} is none of the model's; it has {', '.join(names)}")
-    return number
-
-
-def _number(line: int, label: Any, task: str) -> float:
-    if isinstance(label, bool) or not isinstance(label, (int, float)) or not math.isfinite(label):
-        raise ConfigError(f"data.validation:{line}: {EXPECTED[task]} {label!r} is no number")
-    return float(label)
+def _label(line: int, value: Any, names: Mapping[int, str]) -> int:
+    return label_number(value, names, f"data.validation:{line}")
 
 
 def _numbers(line: int, label: Any, count: int) -> list[float]:
@@ -110,8 +99,8 @@ def _tagged(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> I
     """A word's place is that of its first token, as `compiler.pipelines.words` has it. Words that are cut off have none, and
     are not judged."""
     _check_fast(model, labels[0][0], "tags")
-    names = _names(model.module.config)
-    by_number = {number: name for name, number in names.items()}
+    config: Any = model.module.config
+    names = config.id2label
     before = 0
     for (text,), (line, given) in zip(lines, labels, strict=True):
         words, tags = given["tokens"], given["tags"]
@@ -135,5 +124,5 @@ def _tagged(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> I
                 # A token may begin with the space before its word.
                 first.setdefault(bisect.bisect_right(ends, start + text[start:end].startswith(" ")), before + place)
         before += len(encoded["input_ids"])
-        tagged = [by_number[_label(line, tag, names)] for tag in tags]
+        tagged = [str(names[_label(line, tag, names)]) for tag in tags]
         yield {"places": list(first.values()), "tags": [tagged[word] for word in first]}

@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compiler.errors import ConfigError
 from compiler.metrics import spoken
-from compiler.runtime import Config
-from compiler.tasks import FILES, TASKS, answer_texts
+from compiler.tasks import FILES, TASKS, answer_texts, finite_number, label_number
+
+if TYPE_CHECKING:
+    from compiler.runtime import Config
 
 LINES = {
     "feature-extraction": '{"text": "…", "text_pair": "…", "score": 0.8}',
@@ -97,16 +99,10 @@ def _text(line: Mapping[str, Any], name: str, where: str, task: str) -> str:
     return value
 
 
-def _number(value: Any, name: str, where: str, task: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{where}: field {name!r} is missing or not a number; a line for {task} is {LINES[task]}")
-    return float(value)
-
-
 def _pair(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, float]:
     task = "feature-extraction"
     texts = [_text(line, name, where, task) for name in ("text", "text_pair")]
-    return (False, texts), _number(line.get("score"), "score", where, task)
+    return (False, texts), finite_number(line.get("score"), "score", where, LINES[task])
 
 
 def _classified(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, Any]:
@@ -121,7 +117,7 @@ def _labels(line: Mapping[str, Any], where: str, task: str, config: Config) -> A
     """What a line's label is: a set of names, of several only where the model gives several; a number for a regression."""
     value = line.get("label")
     if config.num_labels == 1:
-        return _number(value, "label", where, task)
+        return finite_number(value, "label", where, LINES[task])
     several = config.problem_type == "multi_label_classification"
     if isinstance(value, list) and not several:
         raise ConfigError(f"{where}: has a list of labels, and the model gives one of them")
@@ -147,14 +143,7 @@ def _said(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, Any
 
 
 def _label(value: Any, where: str, config: Config) -> str:
-    """A label by its name, or by its number."""
-    if isinstance(value, str) and value in config.label2id:
-        return value
-    if isinstance(value, int) and not isinstance(value, bool) and value in config.id2label:
-        return str(config.id2label[value])
-    known = [str(name) for name in config.id2label.values()]
-    more = f" and {len(known) - 8} more" if len(known) > 8 else ""
-    raise ConfigError(f"{where}: the model knows no label {value!r}; it has {', '.join(known[:8])}{more}")
+    return str(config.id2label[label_number(value, config.id2label, where)])
 
 
 def _tagged(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, Any]:

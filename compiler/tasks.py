@@ -7,6 +7,7 @@ cannot tell: a task from a local folder's config, and how a line of data becomes
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -142,6 +143,31 @@ def read_label(text: str, task: str) -> Any:
     if task == "token-classification" and line.get("tags") is not None:
         return {name: line.get(name) for name in ("tokens", "tags")}
     return line.get(EXPECTED[task])
+
+
+def label_number(value: Any, names: Mapping[int, str], where: str) -> int:
+    """The number of a label that a line gives by its name or by its number; 1.0 is 1, as some writers of JSON have it.
+
+    Raises:
+        ConfigError: the model has no such label. `where` says which line it is.
+    """
+    if isinstance(value, str):
+        number = next((number for number, name in names.items() if name == value), None)
+    else:
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        number = int(value) if whole and not isinstance(value, bool) and int(value) in names else None
+    if number is None:
+        known = list(names.values())
+        more = f" and {len(known) - 8} more" if len(known) > 8 else ""
+        raise ConfigError(f"{where}: the model knows no label {value!r}; it has {', '.join(known[:8])}{more}")
+    return number
+
+
+def finite_number(value: Any, name: str, where: str, line: str) -> float:
+    """The number that stands in a field of a line. Raises ConfigError, with what a `line` looks like, where none does."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{where}: field {name!r} is missing or not a number; a line is {line}")
+    return float(value)
 
 
 def answer_texts(answers: Any) -> list[str] | None:

@@ -14,11 +14,11 @@ from compiler.expected import expected
 from compiler.samples import together
 from tests.zoo import save_checkpoint
 
-NAMES = {"bad": 0, "good": 1, "odd": 2}
+NAMES = ["bad", "good", "odd"]
 
 
 def model(task: str = "text-classification", labels: int = 3, kind: str | None = None, **more: Any) -> Any:
-    config = SimpleNamespace(problem_type=kind, num_labels=labels, label2id=dict(list(NAMES.items())[:labels]))
+    config = SimpleNamespace(problem_type=kind, num_labels=labels, id2label=dict(enumerate(NAMES[:labels])))
     return SimpleNamespace(task=task, module=SimpleNamespace(config=config), **more)
 
 
@@ -39,19 +39,20 @@ def test_what_is_expected(of: Any, given: list[Any], found: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("of", "given", "reason"),
     [
-        (model(), "wonderful", "label 'wonderful' is none of the model's; it has bad, good, odd"),
-        (model(), 3, "label 3 is none"),
-        (model(), -1, "label -1 is none"),
-        (model(), 0.5, "label 0.5 is none"),
-        (model(), float("inf"), "label inf is none"),
-        (model(), True, "label True is none"),
-        (model(), ["good"], "label ['good'] is none"),
-        (model(kind="multi_label_classification"), ["good", "banana"], "label 'banana' is none"),
-        (model(labels=1), "good", "label 'good' is no number"),
+        (model(), "wonderful", "the model knows no label 'wonderful'; it has bad, good, odd"),
+        (model(), 3, "the model knows no label 3"),
+        (model(), -1, "the model knows no label -1"),
+        (model(), 0.5, "the model knows no label 0.5"),
+        (model(), 10**400, "the model knows no label 1000"),
+        (model(), float("inf"), "the model knows no label inf"),
+        (model(), True, "the model knows no label True"),
+        (model(), ["good"], "the model knows no label ['good']"),
+        (model(kind="multi_label_classification"), ["good", "banana"], "the model knows no label 'banana'"),
+        (model(labels=1), "good", "field 'label' is missing or not a number; a line is {"),
         (model(labels=2, kind="regression"), [1], "label [1] is no list of 2 numbers"),
-        (model(labels=2, kind="regression"), [1, "a"], "label 'a' is no number"),
-        (model("feature-extraction"), "close", "score 'close' is no number"),
-        (model("feature-extraction"), float("nan"), "score nan is no number"),
+        (model(labels=2, kind="regression"), [1, "a"], "field 'label' is missing or not a number"),
+        (model("feature-extraction"), "close", "field 'score' is missing or not a number"),
+        (model("feature-extraction"), float("nan"), "field 'score' is missing or not a number"),
     ],
 )
 def test_what_the_model_does_not_know(of: Any, given: Any, reason: str) -> None:
@@ -117,7 +118,7 @@ def test_words_by_their_first_tokens(tmp_path: Path, architecture: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, **more)
     asked = model("token-classification", tokenizer=tokenizer, positions=64, inputs=("input_ids", "attention_mask"))
     lines = [(" ".join(words),) for words in WORDS]
-    given = [{"tokens": words, "tags": [NAMES["good"], *["odd"] * (len(words) - 1)]} for words in WORDS]
+    given = [{"tokens": words, "tags": [NAMES.index("good"), *["odd"] * (len(words) - 1)]} for words in WORDS]
     found = expected(asked, lines, list(enumerate(given, 1)))
     inputs = together(asked, lines)
     first: list[list[int]] = []
@@ -139,8 +140,8 @@ def test_words_by_their_first_tokens(tmp_path: Path, architecture: str) -> None:
         ({"tokens": None, "tags": ["good"]}, "has tags and no tokens"),
         ({"tokens": ["Ada", "reads"], "tags": ["good"]}, "field 'tags' is no list of 2 labels, one a word"),
         ({"tokens": ["Ada"], "tags": "good"}, "field 'tags' is no list of 1 labels"),
-        ({"tokens": ["Ada"], "tags": ["B-PER"]}, "label 'B-PER' is none of the model's; it has bad, good, odd"),
-        ({"tokens": ["Ada"], "tags": [True]}, "label True is none"),
+        ({"tokens": ["Ada"], "tags": ["B-PER"]}, "the model knows no label 'B-PER'; it has bad, good, odd"),
+        ({"tokens": ["Ada"], "tags": [True]}, "the model knows no label True"),
     ],
 )
 def test_tags_that_are_none(tmp_path: Path, given: Any, reason: str) -> None:
