@@ -89,9 +89,9 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
     stand_ins = [weights.tensors[place] for place in weights.packs]
     records = [torch.empty(0) for _ in range(RECORD * len(weights.packs))]
 
-    def trace(forward: Callable[..., Any]) -> tuple[Any, dict[str, int], list[str]]:
+    def trace(forward: Callable[..., Any]) -> tuple[Any, dict[str, int], dict[str, Any]]:
         fused: dict[str, int] = {}
-        runs: list[str] = []
+        layers: dict[str, Any] = {}
 
         def run(
             inputs: list[torch.Tensor], tensors: list[torch.Tensor], packed: list[torch.Tensor], records: list[torch.Tensor]
@@ -99,7 +99,7 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
             with linears.applied(weights, tensors, packed, records) as mode:
                 outputs = forward(**dict(zip(model.inputs, map(cast, inputs), strict=True)))
             fused.update(mode.counts())
-            runs[:] = mode.runs
+            layers.update(runs=mode.runs, followed=mode.followed)
             # Plain tensors in and a plain dict of fp32 tensors out, whatever the precision inside.
             return {
                 name: value.float() if value.is_floating_point() else value
@@ -111,21 +111,21 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
             # It warns of each decision that it takes from a shape; whether one was wrong is what the gate finds out.
             warnings.simplefilter("ignore")
             arguments = ([example[name] for name in model.inputs], weights.tensors, stand_ins, records)
-            return torch.jit.trace(run, arguments, strict=False, check_trace=False), fused, runs
+            return torch.jit.trace(run, arguments, strict=False, check_trace=False), fused, layers
 
     padding_free = model.rewrites.get("padding_free")
     if padding_free is None:
-        dense, counts, runs = trace(module)
+        dense, counts, layers = trace(module)
         packed = dense
     else:
         with padding_free.applied(module, Dense):
-            dense, counts, runs = trace(module)
+            dense, counts, layers = trace(module)
         with padding_free.applied(module):
             packed, _, _ = trace(module)
         counts = {"padding_free": padding_free.count, **counts}
     about = {
         "fusions": counts,
-        "runs": runs,
+        **layers,
         "digests": _digests(module, model.module, weights),
         "biases": _biases(weights),
         "tables": _tables(module, model.module, weights),
@@ -195,7 +195,7 @@ def quantize(out: Path, exported: Path, layers: Layers, rest: Precision) -> dict
     """
     import torch
 
-    from compiler.fusions.int8 import RECORD, record
+    from compiler.fusions.int8 import RECORD, record, repeating
     from compiler.quantization.layers import NO_TABLE
 
     module: Any = torch.jit.load(str(exported / files(rest)[0]))
@@ -208,7 +208,12 @@ def quantize(out: Path, exported: Path, layers: Layers, rest: Precision) -> dict
         if layer is None:
             continue
         bias = None if (at := about["biases"][pack]) is None else tensors[at]
-        records[pack * RECORD : (pack + 1) * RECORD] = record(layer, bias, tensors[place].dtype)
+        dtype, outputs = tensors[place].dtype, layer.outputs
+        if (behind := about["followed"][pack]) is not None and (
+            next := layers.joined_as(about["digests"][behind])
+        ) is not None:
+            layer, bias = repeating(layer, bias, next)
+        records[pack * RECORD : (pack + 1) * RECORD] = record(layer, bias, dtype, outputs)
         tensors[place] = torch.from_numpy(layer.weight)
         ran |= dict.fromkeys(layer.name.split("+"), about["runs"][pack])
     for place, scales, digest in about["tables"]:

@@ -228,13 +228,16 @@ class Fuse(TorchFunctionMode):
         self.weights, self.tensors, self.packed, self.records = weights, tensors, packed, records
         # How each packed weight runs: the name of what is fused with it.
         self.runs = ["linear"] * len(packed)
+        # For each, the one that alone is given gelu of its result.
+        self.followed: list[int | None] = [None] * len(packed)
         self._count: Counter[str] = Counter()
         # By a tensor's id: what its layer was given, the layer, the tensor, and the versions of both, since an operation in
         # place changes a tensor and keeps its identity.
         self._made: dict[int, tuple[torch.Tensor, Layer, torch.Tensor, tuple[int, int]]] = {}
         self._split: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
-        # By the id of gelu's result: it, its version, and the call that made it, to be made again for the layer that follows.
-        self._gelus: dict[int, tuple[torch.Tensor, int, Callable[[Sequence[torch.Tensor]], torch.Tensor]]] = {}
+        # By the id of gelu's result: it, its version, the layer before, and the call that made it, to be made again for the
+        # layer that follows.
+        self._gelus: dict[int, tuple[torch.Tensor, int, Layer, Callable[[Sequence[torch.Tensor]], torch.Tensor]]] = {}
         self._kept: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -257,7 +260,7 @@ class Fuse(TorchFunctionMode):
             approximate = args[1] if len(args) > 1 else kwargs.get("approximate", "none")
             call = partial(linear_gelu, x, *self._weight(layer), approximate, self._record(layer))
             output = self._keep(call())
-            self._gelus[id(output)] = (output, output._version, call)
+            self._gelus[id(output)] = (output, output._version, layer, call)
             return output
         if name in ("add", "__add__", "__radd__") and len(args) == 2 and not kwargs:
             for one, other in (args, args[::-1]):
@@ -279,7 +282,8 @@ class Fuse(TorchFunctionMode):
             self._count["linear"] += 1
             gelu = self._gelus.get(id(x))
             if gelu is not None and gelu[1] == x._version and layer.alone:
-                x = self._keep(gelu[2](self._record(layer)))
+                self.followed[gelu[2].pack] = layer.pack
+                x = self._keep(gelu[3](self._record(layer)))
             output = self._keep(linear(x, *self._weight(layer), self._record(layer)))
             self._made[id(output)] = (x, layer, output, (x._version, output._version))
             return output

@@ -253,20 +253,30 @@ def test_one_layer(dtype: torch.dtype, rows: int, smooth: bool) -> None:
         same(linear.linear_gelu(x, packed, None, approximate, record, None), gelu)
 
 
+@pytest.mark.parametrize("repeats", ["in the product", "afterwards", "not"])
 @pytest.mark.parametrize("smooth", [True, False])
-def test_gelu_quantizes_for_the_layer_that_follows(smooth: bool) -> None:
-    """Where that has no smoothing, else it does so itself; the answer is the same."""
+def test_gelu_quantizes_for_the_layer_that_follows(smooth: bool, repeats: str) -> None:
+    """And gives it channels more than once, where the weight has them more than once too; to others it gives each once."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(9, 64, generator=generator)
+    bias = torch.randn(96, generator=generator)
     up = quantized("up", torch.randn(96, 64, generator=generator) / 8, -3, 3, 1)
     down = quantized("down", torch.randn(64, 96, generator=generator) / 9, -0.2, 4, 2, smooth)
-    packed = [torch.ops.onednn.qlinear_prepack(torch.from_numpy(layer.weight), None) for layer in (up, down)]
-    records = [int8.record(layer, None, torch.float32) for layer in (up, down)]
+    if repeats != "not":
+        (down,) = widened([down])
+    wide, biases = int8.repeating(up, bias, down) if repeats == "in the product" else (up, bias)
+    packed = [torch.ops.onednn.qlinear_prepack(torch.from_numpy(layer.weight), None) for layer in (wide, down)]
+    records = [int8.record(wide, biases, torch.float32, 96), int8.record(down, None, torch.float32)]
     between = linear.linear_gelu(x, packed[0], None, "none", records[0], records[1])
-    assert between.dtype == (torch.float32 if smooth else torch.uint8)
+    assert between.dtype == torch.uint8
+    assert between.shape == (9, down.weight.shape[1])
+    assert (down.weight.shape[1] > 96) == (repeats != "not")
     actual = linear.linear(between, packed[1], None, records[1])
-    expected = formula(functional.gelu(formula(x.double(), up, None)), down, None)
-    assert float((actual - expected).abs().max()) < 0.02
+    hidden = functional.gelu(formula(x.double(), up, bias))
+    assert float((actual - formula(hidden, down, None)).abs().max()) < 0.02
+    bare = linear.linear_gelu(x, packed[0], None, "none", records[0], [torch.empty(0)] * int8.RECORD)
+    assert bare.shape == (9, 96)
+    assert float((bare - hidden).abs().max()) < 1e-4
 
 
 CAPPED = """
