@@ -26,6 +26,8 @@ TIE = 1e-6
 # A classifier of one label of several, and what others' answers are called.
 CHOICE = "single_label_classification"
 KINDS = {"regression": "scores", "multi_label_classification": "labels"}
+# The tag of a word that a model does not see, and so says nothing of.
+OUTSIDE = "O"
 # What the names of answers start with among references.
 ANSWER = "answer."
 
@@ -146,7 +148,7 @@ def metric(given: Answers, expected: Sequence[Any], tags: Sequence[str] = ()) ->
         return "f1", f1(expected, [np.flatnonzero(row > 0).tolist() for row in given["labels"]], "micro")
     if tags:
         chosen = given["logits"].argmax(axis=1)
-        said = [[tags[number] for number in chosen[text["places"]]] for text in expected]
+        said = [[OUTSIDE if place < 0 else tags[chosen[place]] for place in text["places"]] for text in expected]
         return "f1", entity_f1([text["tags"] for text in expected], said)["f1"]
     return "accuracy", float((given["logits"].argmax(axis=1) == np.asarray(expected)).mean())
 

@@ -108,10 +108,17 @@ class Budget(Strict):
         return own.over(DEFAULT_LIMITS[precision])
 
     def asked(self, precision: str) -> dict[str, float]:
-        """The limits that are not the default: a manifest's entry, which a release is built again from, has all of them."""
+        """The limits that are given."""
         own: Limits = getattr(self, precision)
-        default = DEFAULT_LIMITS[precision].model_dump()
-        return {name: limit for name, limit in own.model_dump(exclude_none=True).items() if limit != default[name]}
+        return own.model_dump(exclude_none=True)
+
+    def departing(self) -> Budget:
+        """Without the limits that are the defaults: a manifest's entry, which a release is built again from, has all."""
+        parts = {}
+        for precision, default in DEFAULT_LIMITS.items():
+            usual = default.model_dump()
+            parts[precision] = Limits(**{name: one for name, one in self.asked(precision).items() if one != usual[name]})
+        return Budget(**parts)
 
 
 Precisions = Annotated[tuple[Precision, ...], Field(min_length=1)]

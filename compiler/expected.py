@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +10,7 @@ from compiler.accuracy import CHOICE, problem
 from compiler.errors import ConfigError
 from compiler.labelled import LINES
 from compiler.samples import length_of_texts
-from compiler.tasks import EXPECTED, answer_texts, finite_number, label_number
+from compiler.tasks import EXPECTED, Words, answer_texts, check_tags, finite_number, label_number
 from compiler.types import Model
 
 Labels = Sequence[tuple[int, Any]]
@@ -28,7 +26,8 @@ def expected(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> 
     Returns:
         feature-extraction: the pairs' scores; question-answering: for each question the right spans, `[start, end]` in tokens;
         text-classification: labels' numbers, a list of them a text where it may have several, or a regression's numbers;
-        token-classification: the `tags` of a text's words by name, and their `places` among the real tokens of all texts.
+        token-classification: the `tags` of a text's words by name, and their `places` among the real tokens of all texts, -1
+        where a word has none.
 
     Raises:
         ConfigError: something else stands there, or what the model does not know.
@@ -96,33 +95,21 @@ def _spans(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> It
 
 
 def _tagged(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> Iterator[dict[str, Any]]:
-    """A word's place is that of its first token, as `compiler.pipelines.words` has it. Words that are cut off have none, and
-    are not judged."""
+    """A word's place is that of its first token, as `compiler.pipelines.words` has it; -1 where it is cut off, or is none to
+    the tokenizer."""
     _check_fast(model, labels[0][0], "tags")
     config: Any = model.module.config
-    names = config.id2label
     before = 0
-    for (text,), (line, given) in zip(lines, labels, strict=True):
-        words, tags = given["tokens"], given["tags"]
-        if not isinstance(words, list):
-            raise ConfigError(f"data.validation:{line}: has tags and no tokens; a tag is of a word, and tokens are the words")
-        if not isinstance(tags, list) or len(tags) != len(words):
-            raise ConfigError(f"data.validation:{line}: field 'tags' is no list of {len(words)} labels, one a word")
-        ends = list(itertools.accumulate(len(word) + 1 for word in words))
+    for (text,), (line, tags) in zip(lines, labels, strict=True):
+        words = list(text.words) if isinstance(text, Words) else []
+        check_tags(tags, words, f"data.validation:{line}")
         encoded = model.tokenizer(
-            text,
-            truncation="longest_first",
-            max_length=length_of_texts(model),
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
+            words, is_split_into_words=True, truncation="longest_first", max_length=length_of_texts(model)
         )
         first: dict[int, int] = {}
-        for place, ((start, end), special) in enumerate(
-            zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
-        ):
-            if not special and end > start:
-                # A token may begin with the space before its word.
-                first.setdefault(bisect.bisect_right(ends, start + text[start:end].startswith(" ")), before + place)
+        for place, word in enumerate(encoded.word_ids(), before):
+            if word is not None:
+                first.setdefault(word, place)
         before += len(encoded["input_ids"])
-        tagged = [str(names[_label(line, tag, names)]) for tag in tags]
-        yield {"places": list(first.values()), "tags": [tagged[word] for word in first]}
+        names = [str(config.id2label[_label(line, tag, config.id2label)]) for tag in tags]
+        yield {"places": [first.get(word, -1) for word in range(len(words))], "tags": names}

@@ -37,7 +37,7 @@ models:
 {targets}
     # budget:                           # limits; these are the defaults
     #   fp32: {{max_abs: 1.0e-4, cosine: 0.999999}}
-    #   bf16: {{cosine: 0.999, argmax: 0.98}}
+    #   bf16: {{cosine: 0.999{argmax}}}
 """
 
 
@@ -120,6 +120,7 @@ def write(
         options=(trust_remote_code * "    trust_remote_code: true             # runs the Python code in the checkpoint\n")
         + (allow_pickle * "    allow_pickle: true                  # opens pytorch_model.bin, weights only\n"),
         example=example(task),
+        argmax="" if task.endswith("feature-extraction") else ", argmax: 0.98",
         kind=KINDS[modality],
         besides="odd, short and longest shapes" if modality == "text" else "odd ones",
         sequence=f"      sequence: [{lengths}]\n" if modality == "text" else "",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.errors import ConfigError
 from compiler.metrics import spoken
-from compiler.tasks import FILES, TASKS, answer_texts, finite_number, label_number
+from compiler.tasks import FILES, TAGGED, TASKS, answer_texts, check_tags, finite_number, label_number
 
 if TYPE_CHECKING:
     from compiler.runtime import Config
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LINES = {
     "feature-extraction": '{"text": "…", "text_pair": "…", "score": 0.8}',
     "text-classification": '{"text": "…", "label": "…"}, a list of labels where several are right, a number for a regression',
-    "token-classification": '{"tokens": ["…"], "tags": ["B-PER"]}',
+    "token-classification": TAGGED,
     "image-classification": '{"image": "a.jpg", "label": "…"}, the path relative to the file; a label as for a text',
     "audio-classification": '{"audio": "a.wav", "label": "…"}, the path relative to the file; a label as for a text',
     "automatic-speech-recognition": '{"audio": "a.wav", "text": "…"}, the path relative to the file',
@@ -147,11 +147,11 @@ def _label(value: Any, where: str, config: Config) -> str:
 
 
 def _tagged(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, Any]:
-    words, tags = line.get("tokens"), line.get("tags")
+    words = line.get("tokens")
+    tags: Any = line.get("tags")
     if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
-        raise ConfigError(f"{where}: field 'tokens' is no list of words; a line is {LINES['token-classification']}")
-    if not isinstance(tags, list) or len(tags) != len(words):
-        raise ConfigError(f"{where}: field 'tags' is no list of {len(words)} labels, one a word")
+        raise ConfigError(f"{where}: field 'tokens' is no list of words; a line is {TAGGED}")
+    check_tags(tags, words, where)
     return words, [_label(tag, where, config) for tag in tags]
 
 

@@ -21,7 +21,7 @@ from compiler.manifest import differences
 from compiler.modalities import MODALITIES
 from compiler.sources import infer_task
 from compiler.store import Step, Store
-from compiler.tasks import EXPECTED, FILES, TASKS, parse_line, parse_pair, read_label
+from compiler.tasks import EXPECTED, FILES, TASKS, Words, parse_line, parse_pair, read_label
 from compiler.types import HELD, LEAST_TEXTS, Precision, Snapshot, Target
 from compiler.workers import LOAD_THREADS, THREADS
 
@@ -409,6 +409,8 @@ def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -
         # Of absolute paths only the name is kept, which several may have.
         files = {name: hashes[0] if len({*hashes}) == 1 else digest(hashes) for name, hashes in hashed.items()}
         return Texts(name, sha256, tuple((str(path.parent / line[0]), *line[1:]) for line in lines), files)
+    if len({isinstance(line[0], Words) for line in lines}) > 1:
+        raise ConfigError(f"{where}: some lines have tokens and some a text; give all of them one")
     if len({len(line) for line in lines}) > 1:
         if task == "multiple-choice":
             raise ConfigError(f"{key}: {path}: the lines have different numbers of choices; give all of them as many")

@@ -122,6 +122,7 @@ def plan_again(path: Path, manifest: Manifest, source: str | None, folder: Path 
         raise SourceError(f"{path}: was built with the checkpoint's own code; read that code, then give --trust-remote-code")
     try:
         spec = ModelSpec.model_validate({**manifest.entry, **options})
+        spec = spec.model_copy(update={"budget": spec.budget.departing()})
     except ValidationError as error:
         detail = error.errors()[0]
         place = ".".join(map(str, detail["loc"]))

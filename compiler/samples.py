@@ -11,6 +11,7 @@ import numpy as np
 
 from compiler.errors import ConfigError, SourceError, StageError
 from compiler.numerics import Case
+from compiler.tasks import Words
 from compiler.types import Model
 
 # What kind of padding a sample has; `TEXT` are the lines of the text as a user would batch them.
@@ -97,6 +98,7 @@ def tokenize(model: Model, texts: Sequence[tuple[str, ...]], sequence: int, side
         return_tensors="np",
         return_token_type_ids="token_type_ids" in model.inputs or None,
         return_attention_mask=True,
+        is_split_into_words=_split(texts),
     )
     return {name: np.ascontiguousarray(encoded[name], dtype=np.int64).reshape(sizes) for name in model.inputs}
 
@@ -117,14 +119,22 @@ def together(model: Model, texts: Sequence[tuple[str, ...]]) -> dict[str, np.nda
 def shortened(model: Model, texts: Sequence[tuple[str, ...]], kind: str) -> str:
     """What a user is told of texts that `together` cuts, which are of some `kind`; empty when it cuts none."""
     most = length_of_texts(model)
-    lengths = [len(ids) for ids in model.tokenizer(*_columns(model, texts), verbose=False)["input_ids"]]
+    encoded = model.tokenizer(*_columns(model, texts), verbose=False, is_split_into_words=_split(texts))
+    lengths = [len(ids) for ids in encoded["input_ids"]]
     cut = sum(length > most for length in lengths)
     return f"{cut} of {len(lengths)} {kind} texts have more than {most} tokens and are cut" if cut else ""
 
 
-def _columns(model: Model, texts: Sequence[tuple[str, ...]]) -> list[list[str]]:
-    """Texts as a tokenizer takes them: all first parts, and all second ones where there are some. A text is there once with
-    each of its choices."""
+def _split(texts: Sequence[tuple[str, ...]]) -> bool:
+    """Whether texts are given as lists of words: all of a file are, or none."""
+    return isinstance(texts[0][0], Words)
+
+
+def _columns(model: Model, texts: Sequence[tuple[str, ...]]) -> list[list[Any]]:
+    """Texts as a tokenizer takes them: all first parts, and all second ones where there are some, or the lists of their words.
+    A text is there once with each of its choices."""
+    if _split(texts):
+        return [[list(text.words) for (text,) in texts if isinstance(text, Words)]]
     if model.task == "multiple-choice":
         texts = [(text, choice) for text, *choices in texts for choice in choices]
     return [list(column) for column in zip(*texts, strict=True)]
@@ -150,6 +160,8 @@ class _Filler:
             number = (number + 1) % len(self.texts)
             parts.append(self.texts[number])
             length += self.lengths[number]
+        if isinstance(text[0], Words):
+            return (Words(word for part in parts if isinstance(part, Words) for word in part.words),)
         joined = " ".join(parts)
         return (*text[:1], *(f"{choice} {joined}" for choice in text[1:])) if len(text) > 2 else (*text[:-1], joined)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,7 +37,23 @@ EXPECTED: Mapping[str, str] = {
     "token-classification": "tags",
     "question-answering": "answers",
 }
+TAGGED = '{"tokens": ["…"], "tags": ["B-PER"]}'
 LISTS: Mapping[str, int] = {"choices": 2, "texts": 1}
+
+
+class Words(str):
+    """A text that is given as a list of words. A tokenizer is given the words, as they were when the model learned its tags:
+    some make other tokens of them than of the text."""
+
+    words: tuple[str, ...]
+
+    def __new__(cls, words: Iterable[str]) -> Words:
+        made = super().__new__(cls, " ".join(words := tuple(words)))
+        made.words = words
+        return made
+
+    def __reduce__(self) -> tuple[type[Words], tuple[tuple[str, ...]]]:
+        return Words, (self.words,)
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,7 @@ def infer(config: Mapping[str, Any], sentence_transformer: bool, modality: Modal
 def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     """One line of a data file, as the texts that the processor takes: one, a pair, or one (the path of a file, too) and a
     list of others. For token-classification the text may be given as a list of words, `tokens`, and where
-    these have `tags` it is.
+    these have `tags` it is: one of `Words`.
 
     Raises:
         ConfigError: the line is not a JSON object, or lacks a field of the task. `where` says which line it is.
@@ -106,11 +122,11 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     if not isinstance(line, dict):
         raise ConfigError(f"{where}: not a JSON object; a line for {task} is {example(task)}")
     # Tags are of words, whatever a text beside them is.
-    if task == "token-classification" and "tokens" in line and ("text" not in line or "tags" in line):
-        words = line["tokens"]
+    if task == "token-classification" and ("tags" in line or ("tokens" in line and "text" not in line)):
+        words = line.get("tokens")
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or not "".join(words).strip():
-            raise ConfigError(f"{where}: field 'tokens' is no list of words; a line for {task} is {example(task)}")
-        return (" ".join(words),)
+            raise ConfigError(f"{where}: field 'tokens' is missing or no list of words; a line with tags is {TAGGED}")
+        return (Words(words),)
     values: list[str] = []
     for name in entry.fields:
         if name not in line and name in entry.optional:
@@ -137,12 +153,8 @@ def parse_pair(text: str, where: str) -> tuple[str, str]:
 
 
 def read_label(text: str, task: str) -> Any:
-    """What a line that `parse_line` took expects of the model, as it stands there; None where it says nothing. Of tags, the
-    `tokens` that they are of, too."""
-    line = json.loads(text)
-    if task == "token-classification" and line.get("tags") is not None:
-        return {name: line.get(name) for name in ("tokens", "tags")}
-    return line.get(EXPECTED[task])
+    """What a line that `parse_line` took expects of the model, as it stands there; None where it says nothing."""
+    return json.loads(text).get(EXPECTED[task])
 
 
 def label_number(value: Any, names: Mapping[int, str], where: str) -> int:
@@ -161,6 +173,14 @@ def label_number(value: Any, names: Mapping[int, str], where: str) -> int:
         more = f" and {len(known) - 8} more" if len(known) > 8 else ""
         raise ConfigError(f"{where}: the model knows no label {value!r}; it has {', '.join(known[:8])}{more}")
     return number
+
+
+def check_tags(tags: Any, words: Sequence[str], where: str) -> None:
+    """Raise ConfigError where these are no list of as many as there are words."""
+    if not isinstance(tags, list):
+        raise ConfigError(f"{where}: field 'tags' is missing or no list; a line is {TAGGED}")
+    if len(tags) != len(words):
+        raise ConfigError(f"{where}: has {len(tags)} tags for {len(words)} tokens; give each a tag")
 
 
 def finite_number(value: Any, name: str, where: str, line: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 from compiler.errors import ConfigError
 from compiler.expected import expected
 from compiler.samples import together
+from compiler.tasks import Words
 from tests.zoo import save_checkpoint
 
 NAMES = ["bad", "good", "odd"]
@@ -103,53 +105,58 @@ def test_answers_that_are_none(tmp_path: Path, answers: Any, reason: str) -> Non
 
 
 WORDS = [
-    ["Ada", "reads", "harbour-masters'", "books"],
-    ["\u200b", "Ben"],
-    ["Ada", "said", "hello", "again"] * 20,
+    ["Ada", "reads", "harbour-masters'", "books", "\U0001f989"],
+    ["\u200b", "Ben", ""],
+    ["Ada", "said"] * 40,
     ["Ben", "sleeps"],
 ]
 
 
+@pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "deberta-v2", "xlm-roberta"])
-def test_words_by_their_first_tokens(tmp_path: Path, architecture: str) -> None:
-    """As transformers' tokenizers say it of sentences that are split into words."""
+def test_words_by_their_first_tokens(tmp_path: Path, architecture: str, prefix: bool) -> None:
+    """Of the very tokens that `evaluate` gives a model, which are not always those of the words joined."""
     folder = save_checkpoint(tmp_path / "checkpoint", architecture, "token-classification")
-    more = {"add_prefix_space": True} if architecture == "roberta" else {}
+    more = {"add_prefix_space": prefix} if architecture == "roberta" else {}
     tokenizer = AutoTokenizer.from_pretrained(folder, **more)
     asked = model("token-classification", tokenizer=tokenizer, positions=64, inputs=("input_ids", "attention_mask"))
-    lines = [(" ".join(words),) for words in WORDS]
-    given = [{"tokens": words, "tags": [NAMES.index("good"), *["odd"] * (len(words) - 1)]} for words in WORDS]
-    found = expected(asked, lines, list(enumerate(given, 1)))
+    lines = [(Words(words),) for words in WORDS]
+    found = expected(asked, lines, [(row, ["good", *[2] * (len(words) - 1)]) for row, words in enumerate(WORDS, 1)])
     inputs = together(asked, lines)
-    first: list[list[int]] = []
     before = 0
-    for words, mask in zip(WORDS, inputs["attention_mask"], strict=True):
+    for words, ids, mask, text in zip(WORDS, inputs["input_ids"], inputs["attention_mask"], found, strict=True):
         split = tokenizer(words, is_split_into_words=True, truncation=True, max_length=64)
-        assert len(split["input_ids"]) == mask.sum()
+        assert ids[: mask.sum()].tolist() == split["input_ids"]
         owners = split.word_ids()
-        first.append([before + owners.index(word) for word in sorted({word for word in owners if word is not None})])
+        assert text["places"] == [before + owners.index(word) if word in owners else -1 for word in range(len(words))]
+        assert text["tags"] == ["good", *["odd"] * (len(words) - 1)]
         before += len(owners)
-    assert [text["places"] for text in found] == first
-    assert len(first[2]) < len(WORDS[2])  # it is cut
-    assert [text["tags"] for text in found[2:]] == [["good", *["odd"] * (len(first[2]) - 1)], ["good", "odd"]]
+    assert found[2]["places"][-1] == -1  # it is cut
+    assert found[1]["places"][-1] == -1  # there is nothing
+
+
+def test_words_are_a_text_to_all_others() -> None:
+    words = Words(["Ada", "", "reads"])
+    assert words == "Ada  reads"
+    again = pickle.loads(pickle.dumps(words))  # noqa: S301 - our own
+    assert (type(again), again.words, again) == (Words, ("Ada", "", "reads"), words)
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("tags", "reason"),
     [
-        ({"tokens": None, "tags": ["good"]}, "has tags and no tokens"),
-        ({"tokens": ["Ada", "reads"], "tags": ["good"]}, "field 'tags' is no list of 2 labels, one a word"),
-        ({"tokens": ["Ada"], "tags": "good"}, "field 'tags' is no list of 1 labels"),
-        ({"tokens": ["Ada"], "tags": ["B-PER"]}, "the model knows no label 'B-PER'; it has bad, good, odd"),
-        ({"tokens": ["Ada"], "tags": [True]}, "the model knows no label True"),
+        (["good"], "has 1 tags for 2 tokens; give each a tag"),
+        ("good", "field 'tags' is missing or no list; a line is {"),
+        (["B-PER", 0], "the model knows no label 'B-PER'; it has bad, good, odd"),
+        ([True, 0], "the model knows no label True"),
     ],
 )
-def test_tags_that_are_none(tmp_path: Path, given: Any, reason: str) -> None:
+def test_tags_that_are_none(tmp_path: Path, tags: Any, reason: str) -> None:
     folder = save_checkpoint(tmp_path / "checkpoint", "bert", "token-classification")
     asked = model("token-classification", tokenizer=AutoTokenizer.from_pretrained(folder), positions=64)
     with pytest.raises(ConfigError) as caught:
-        expected(asked, [("Ada reads",)], [(5, given)])
+        expected(asked, [(Words(["Ada", "reads"]),)], [(5, tags)])
     assert str(caught.value).startswith(f"data.validation:5: {reason}")
     slow = model("token-classification", tokenizer=SimpleNamespace(is_fast=False), positions=64)
     with pytest.raises(ConfigError, match="does not tell where tokens stand in a text, so tags cannot be judged"):
-        expected(slow, [("Ada",)], [(3, {"tokens": ["Ada"], "tags": ["good"]})])
+        expected(slow, [(Words(["Ada"]),)], [(3, ["good"])])

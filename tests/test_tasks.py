@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from compiler.config import ModelSpec, OnnxTargets, Targets
 from compiler.errors import ConfigError, SourceError
 from compiler.plan import read_texts
-from compiler.tasks import TASKS, TaskName, example, infer, parse_line
+from compiler.tasks import TASKS, TaskName, Words, example, infer, parse_line
 
 PAIR = "text-classification"
 QUESTION = "question-answering"
@@ -103,11 +103,19 @@ def test_line_of_a_pair_keeps_the_order_of_the_task() -> None:
 def test_line_of_words() -> None:
     """As labelled data has them."""
     task = "token-classification"
-    assert parse_line('{"tokens": ["Ada", "reads", ""], "tags": [1, 0, 0]}', task, "x") == ("Ada reads ",)
+    for line, words in (
+        ('{"tokens": ["Ada", "reads", ""]}', ("Ada", "reads", "")),
+        ('{"tokens": ["Ada"], "text": "Ben", "tags": [0]}', ("Ada",)),
+    ):
+        (text,) = parse_line(line, task, "x")
+        assert isinstance(text, Words)
+        assert text.words == words
     assert parse_line('{"tokens": ["Ada"], "text": "Ben"}', task, "x") == ("Ben",)
-    assert parse_line('{"tokens": ["Ada"], "text": "Ben", "tags": [0]}', task, "x") == ("Ada",)
-    for words in ("[]", '"Ada"', "[3]", '[" "]', "null"):
-        assert "field 'tokens' is no list of words" in refusal(f'{{"tokens": {words}}}', task)
+    for wrong in ("[]", '"Ada"', "[3]", '[" "]', "null"):
+        assert "field 'tokens' is missing or no list of words; a line with tags is {" in refusal(
+            f'{{"tokens": {wrong}}}', task
+        )
+    assert "field 'tokens' is missing" in refusal('{"text": "Ada", "tags": [0]}', task)
     assert "field 'text'" in refusal('{"tokens": ["Ada"]}', "fill-mask")
 
 

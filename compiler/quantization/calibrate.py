@@ -29,6 +29,7 @@ import torch
 from compiler.accuracy import Answers, answers, problem
 from compiler.quantization.layers import LAYERS, QuantizedLinear, QuantizedTable, digest, save
 from compiler.samples import masked_places, together
+from compiler.tasks import Words
 from compiler.types import Model
 
 # Texts are run in batches of so many, the short ones together.
@@ -165,9 +166,13 @@ def excerpts(texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     Attention has means of the values of tokens as its results. Over few tokens they reach further than over many, and what is
     beyond the range of all text that was seen is cut: a text of two words then has a wrong answer.
     """
-    found = []
+    found: list[tuple[str, ...]] = []
     for number, (*before, last) in enumerate(texts):
         words, space, count = last.split(), " ", 1 + number % EXCERPT
+        if isinstance(last, Words):
+            start = number % (max(len(last.words) - count, 0) + 1)
+            found.append((Words(last.words[start : start + count]),))
+            continue
         if len(last) > LONG_WORDS * len(words):
             words, space, count = [*last.strip()], "", 2 * count
         count = min(count, len(words))

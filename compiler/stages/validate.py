@@ -94,7 +94,9 @@ def _accuracy(texts: Answering, expected: Mapping[str, Any], known: Mapping[str,
     original = {name.removeprefix(ANSWER): value for name, value in expected.items() if name.startswith(ANSWER)}
     found = figures(original, texts.stacked(), known.get("labels"), texts.how.get("tags", ()))
     count = len(next(iter(original.values())))
-    return {"answers": {"figures": found, "worst": dict.fromkeys(found, f"all {count} of the validation text together")}}
+    return {
+        "answers": {"figures": found, "worst": dict.fromkeys(found, f"all {count} answers to the validation text together")}
+    }
 
 
 def _shape(tensor: Tensor, case: Case, signature: Signature) -> tuple[int, ...]:

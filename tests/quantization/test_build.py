@@ -20,7 +20,7 @@ from compiler.accuracy import nearest
 from compiler.backends import BACKENDS
 from compiler.build import Build, Context, planned
 from compiler.cli import cli
-from compiler.config import read
+from compiler.config import DEFAULT_LIMITS, read
 from compiler.errors import ConfigError, NumericsError, StageError
 from compiler.manifest import MANIFEST
 from compiler.numerics import Case
@@ -310,7 +310,9 @@ def test_a_limit_of_elements_shapes_the_search(
 def test_a_limit_of_what_has_no_figure(
     command: Command, tmp_path: Path, bert: Path, precision: str, name: str, there: str
 ) -> None:
-    budget = {"int8": WIDE, precision: {**(WIDE if precision == "int8" else {}), name: 0.9}}
+    """Though it is the default: nobody would hold it."""
+    limit = getattr(DEFAULT_LIMITS["int8"], name)
+    budget = {"int8": WIDE, precision: {**(WIDE if precision == "int8" else {}), name: limit}}
     message = error_line(command(pipeline(tmp_path, bert, budget=budget)))
     expected = f"tiny 1.0.0: budget.{precision}.{name}: openvino {precision} has no such figure with this task and this"
     assert expected in message
