@@ -155,10 +155,10 @@ def metric(given: Answers, expected: Sequence[Any], tags: Sequence[str] = ()) ->
 
 def tag_names(model: Model) -> list[str]:
     """What the labels of a token classifier are called, in the order of their numbers; none of another model."""
+    if model.task != "token-classification":
+        return []
     config: Any = model.module.config
-    return (
-        [str(config.id2label[number]) for number in range(config.num_labels)] if model.task == "token-classification" else []
-    )
+    return [str(config.id2label.get(number, f"LABEL_{number}")) for number in range(config.num_labels)]
 
 
 def figures(

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from compiler.accuracy import CHOICE, problem
+from compiler.accuracy import CHOICE, OUTSIDE, problem
 from compiler.errors import ConfigError
 from compiler.labelled import LINES
 from compiler.samples import length_of_texts
-from compiler.tasks import EXPECTED, Words, answer_texts, check_tags, finite_number, label_number
+from compiler.tasks import EXPECTED, TAGGED, Words, answer_texts, check_tags, finite_number, label_number
 from compiler.types import Model
 
 Labels = Sequence[tuple[int, Any]]
@@ -99,9 +99,13 @@ def _tagged(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> I
     the tokenizer."""
     _check_fast(model, labels[0][0], "tags")
     config: Any = model.module.config
-    before = 0
+    before, seen = 0, {OUTSIDE}
     for (text,), (line, tags) in zip(lines, labels, strict=True):
-        words = list(text.words) if isinstance(text, Words) else []
+        if not isinstance(text, Words):
+            raise ConfigError(
+                f"data.validation:{line}: has tags and no tokens, the words that they are of; a line is {TAGGED}"
+            )
+        words = list(text.words)
         check_tags(tags, words, f"data.validation:{line}")
         encoded = model.tokenizer(
             words, is_split_into_words=True, truncation="longest_first", max_length=length_of_texts(model)
@@ -112,4 +116,7 @@ def _tagged(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> I
                 first.setdefault(word, place)
         before += len(encoded["input_ids"])
         names = [str(config.id2label[_label(line, tag, config.id2label)]) for tag in tags]
+        seen.update(names)
         yield {"places": [first.get(word, -1) for word in range(len(words))], "tags": names}
+    if seen == {OUTSIDE}:
+        raise ConfigError(f"data.validation:{labels[0][0]}: no line has a tag but {OUTSIDE}, and F1 is of entities; give some")

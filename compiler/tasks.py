@@ -121,11 +121,11 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     entry = TASKS[task]
     if not isinstance(line, dict):
         raise ConfigError(f"{where}: not a JSON object; a line for {task} is {example(task)}")
-    # Tags are of words, whatever a text beside them is.
-    if task == "token-classification" and ("tags" in line or ("tokens" in line and "text" not in line)):
-        words = line.get("tokens")
+    # Tags are of words, whatever a text beside them is. None is what some writers have where there is nothing.
+    words, tags = line.get("tokens"), line.get("tags")
+    if task == "token-classification" and "tokens" in line and (tags is not None or line.get("text") is None):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or not "".join(words).strip():
-            raise ConfigError(f"{where}: field 'tokens' is missing or no list of words; a line with tags is {TAGGED}")
+            raise ConfigError(f"{where}: field 'tokens' is no list of words; a line with tags is {TAGGED}")
         return (Words(words),)
     values: list[str] = []
     for name in entry.fields:
@@ -164,12 +164,12 @@ def label_number(value: Any, names: Mapping[int, str], where: str) -> int:
         ConfigError: the model has no such label. `where` says which line it is.
     """
     if isinstance(value, str):
-        number = next((number for number, name in names.items() if name == value), None)
+        number = next((number for number, name in names.items() if str(name) == value), None)
     else:
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         number = int(value) if whole and not isinstance(value, bool) and int(value) in names else None
     if number is None:
-        known = list(names.values())
+        known = [str(name) for name in names.values()]
         more = f" and {len(known) - 8} more" if len(known) > 8 else ""
         raise ConfigError(f"{where}: the model knows no label {value!r}; it has {', '.join(known[:8])}{more}")
     return number

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from compiler.accuracy import CHOICE, MAX_SPAN, Answering, answers, embed, figures, nearest, problem, spans
+from compiler.accuracy import CHOICE, MAX_SPAN, Answering, answers, embed, figures, nearest, problem, spans, tag_names
 from compiler.config import DEFAULT_LIMITS
 from compiler.metrics import spearman
 from compiler.numerics import Case, judge
@@ -147,6 +147,9 @@ def test_drop_is_of_the_metric_of_the_task() -> None:
     assert (found["f1"], found["drop"]) == pytest.approx((2 / 3, 1 / 3))  # 2 · 2 / (3 + 3)
 
     names = ["O", "B-PER", "I-PER"]
+    config = SimpleNamespace(num_labels=2, id2label={1: "a", 2: "b"})
+    model: Any = SimpleNamespace(task="token-classification", module=SimpleNamespace(config=config))
+    assert tag_names(model) == ["LABEL_0", "a"]
     logits = np.eye(3)[
         [0, 1, 2, 0, 0, 1, 0]
     ]  # of seven tokens, of which the second, third and fourth, and the sixth begin words

@@ -157,6 +157,21 @@ def test_tags_that_are_none(tmp_path: Path, tags: Any, reason: str) -> None:
     with pytest.raises(ConfigError) as caught:
         expected(asked, [(Words(["Ada", "reads"]),)], [(5, tags)])
     assert str(caught.value).startswith(f"data.validation:5: {reason}")
+    with pytest.raises(
+        ConfigError, match=r"data\.validation:5: has tags and no tokens, the words that they are of; a line is \{"
+    ):
+        expected(asked, [("Ada reads",)], [(5, tags)])
     slow = model("token-classification", tokenizer=SimpleNamespace(is_fast=False), positions=64)
     with pytest.raises(ConfigError, match="does not tell where tokens stand in a text, so tags cannot be judged"):
         expected(slow, [(Words(["Ada"]),)], [(3, ["good"])])
+
+
+def test_tags_without_an_entity(tmp_path: Path) -> None:
+    """F1 would be 0 of the original and of any file."""
+    folder = save_checkpoint(tmp_path / "checkpoint", "bert", "token-classification")
+    asked = model("token-classification", tokenizer=AutoTokenizer.from_pretrained(folder), positions=64)
+    asked.module.config.id2label = {0: "O", 1: "B-PER"}
+    lines = [(Words(["Ada", "reads"]),)] * 2
+    with pytest.raises(ConfigError, match=r"data\.validation:5: no line has a tag but O"):
+        expected(asked, lines, [(5, ["O", 0]), (6, [0, "O"])])
+    assert len(expected(asked, lines, [(5, ["O", 0]), (6, [1, "O"])])) == 2

@@ -74,12 +74,16 @@ def test_every_key_of_the_file_is_commented(command: Command, tmp_path: Path) ->
     assert all(name in task for name in TASKS)
 
 
-@pytest.mark.parametrize(("architecture", "argmax"), [("BertModel", None), ("BertForSequenceClassification", 0.98)])
+@pytest.mark.parametrize(
+    ("architecture", "labels", "argmax"),
+    [("BertModel", 2, None), ("BertForSequenceClassification", 2, 0.98), ("BertForSequenceClassification", 1, None)],
+)
 def test_what_is_commented_out_is_valid_as_it_stands(
-    command: Command, tmp_path: Path, architecture: str, argmax: float | None
+    command: Command, tmp_path: Path, architecture: str, labels: int, argmax: float | None
 ) -> None:
     """A limit of what the task has no figure of would be none to hold."""
-    fake(tmp_path / "checkpoint", architectures=[architecture])
+    names = {str(number): f"LABEL_{number}" for number in range(labels)}
+    fake(tmp_path / "checkpoint", architectures=[architecture], id2label=names)
     assert command("init", "checkpoint").returncode == 0
     path = tmp_path / "pipeline.yaml"
     lines = path.read_text().splitlines()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from compiler.config import ModelSpec, OnnxTargets, Targets
 from compiler.errors import ConfigError, SourceError
 from compiler.plan import read_texts
-from compiler.tasks import TASKS, TaskName, Words, example, infer, parse_line
+from compiler.tasks import TASKS, TaskName, Words, example, infer, label_number, parse_line
 
 PAIR = "text-classification"
 QUESTION = "question-answering"
@@ -112,10 +112,10 @@ def test_line_of_words() -> None:
         assert text.words == words
     assert parse_line('{"tokens": ["Ada"], "text": "Ben"}', task, "x") == ("Ben",)
     for wrong in ("[]", '"Ada"', "[3]", '[" "]', "null"):
-        assert "field 'tokens' is missing or no list of words; a line with tags is {" in refusal(
-            f'{{"tokens": {wrong}}}', task
-        )
-    assert "field 'tokens' is missing" in refusal('{"text": "Ada", "tags": [0]}', task)
+        message = refusal(f'{{"tokens": {wrong}}}', task)
+        assert "field 'tokens' is no list of words; a line with tags is {" in message
+    for nothing in ('{"text": "Ada", "tags": null, "tokens": null}', '{"text": "Ada", "tags": [0]}'):
+        assert parse_line(nothing, task, "x") == ("Ada",)
     assert "field 'text'" in refusal('{"tokens": ["Ada"]}', "fill-mask")
 
 
@@ -200,3 +200,11 @@ def test_file_is_split_where_json_lines_are(odd: str, tmp_path: Path) -> None:
         }
     )
     assert read_texts(spec, "fill-mask", tmp_path).lines == ((f"one{odd}two",),) * 2
+
+
+def test_labels_may_be_called_by_numbers() -> None:
+    """As some checkpoints have it: a name is a text, whatever config.json says."""
+    names: Any = {0: 5, 1: "five"}
+    assert [label_number(value, names, "x") for value in ("5", 0, "five", 1.0)] == [0, 0, 1, 1]
+    with pytest.raises(ConfigError, match="knows no label 5; it has 5, five"):
+        label_number(5, names, "x")

@@ -99,7 +99,7 @@ def _fused(module: torch.nn.Module, model: Model) -> tuple[torch.jit.ScriptModul
             with linears.applied(weights, tensors, packed, records) as mode:
                 outputs = forward(**dict(zip(model.inputs, map(cast, inputs), strict=True)))
             fused.update(mode.counts())
-            layers.update(runs=mode.runs, followed=mode.followed)
+            layers.update(runs=mode.runs, followed=mode.followed())
             # Plain tensors in and a plain dict of fp32 tensors out, whatever the precision inside.
             return {
                 name: value.float() if value.is_floating_point() else value

@@ -228,8 +228,10 @@ class Fuse(TorchFunctionMode):
         self.weights, self.tensors, self.packed, self.records = weights, tensors, packed, records
         # How each packed weight runs: the name of what is fused with it.
         self.runs = ["linear"] * len(packed)
-        # For each, the one that alone is given gelu of its result.
-        self.followed: list[int | None] = [None] * len(packed)
+        # The packed weights of layers that are given gelu of what a layer makes, by its own; and those whose results are added
+        # to something, which is of their width.
+        self._followers: dict[int, set[int]] = {}
+        self._added: set[int] = set()
         self._count: Counter[str] = Counter()
         # By a tensor's id: what its layer was given, the layer, the tensor, and the versions of both, since an operation in
         # place changes a tensor and keeps its identity.
@@ -268,6 +270,7 @@ class Fuse(TorchFunctionMode):
                 if made is not None and isinstance(other, torch.Tensor) and other.shape == one.shape:
                     x, layer = made
                     self._ran("linear_add", layer)
+                    self._added.add(layer.pack)
                     return self._keep(linear_add(x, other, *self._weight(layer), self._record(layer)))
         return func(*map(self._traced, args), **{key: self._traced(value) for key, value in kwargs.items()})
 
@@ -277,12 +280,18 @@ class Fuse(TorchFunctionMode):
         found["linear"] = found.get("linear", 0) - found.get("linear_gelu", 0) - found.get("linear_add", 0)
         return {name: number for name, number in sorted(found.items()) if number}
 
+    def followed(self) -> list[int | None]:
+        """For each packed weight, that of the one layer which is given gelu of its result, where its result may be wider for
+        that; else None."""
+        alone = {pack: min(own) for pack, own in self._followers.items() if len(own) == 1 and pack not in self._added}
+        return [alone.get(pack) for pack in range(len(self.packed))]
+
     def _linear(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
         if not layer.sizes:
             self._count["linear"] += 1
             gelu = self._gelus.get(id(x))
             if gelu is not None and gelu[1] == x._version and layer.alone:
-                self.followed[gelu[2].pack] = layer.pack
+                self._followers.setdefault(gelu[2].pack, set()).add(layer.pack)
                 x = self._keep(gelu[3](self._record(layer)))
             output = self._keep(linear(x, *self._weight(layer), self._record(layer)))
             self._made[id(output)] = (x, layer, output, (x._version, output._version))

@@ -170,8 +170,9 @@ def excerpts(texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     for number, (*before, last) in enumerate(texts):
         words, space, count = last.split(), " ", 1 + number % EXCERPT
         if isinstance(last, Words):
-            start = number % (max(len(last.words) - count, 0) + 1)
-            found.append((Words(last.words[start : start + count]),))
+            some = [word for word in last.words if word.strip()]
+            start = number % (max(len(some) - count, 0) + 1)
+            found.append((Words(some[start : start + count]),))
             continue
         if len(last) > LONG_WORDS * len(words):
             words, space, count = [*last.strip()], "", 2 * count

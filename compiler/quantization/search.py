@@ -155,8 +155,9 @@ class _Trials:
         return Entry(out, step.key, hash_folder(out), info)
 
     def _make(self, tried: Rung) -> Entry:
-        # A limit of what is not an answer needs all samples.
-        whole = bool({"max_abs", "noise"} & set(self.build.plan.spec.budget.asked("int8")))
+        # A limit of what is not an answer needs all samples. A default does not, whether it is given or not: the cache's keys
+        # are of limits.
+        whole = bool({"max_abs", "noise"} & set(self.build.plan.spec.budget.departing().asked("int8")))
         step, arguments = self._step(tried, samples="all" if whole else "answers")
         measured = (self.reference.root / SAMPLES, self.reference.root / REFERENCE, self.reference.info, whole)
         return self.build.cached(step, lambda out: self.build.run(rung, out, *arguments, *measured))

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,33 @@ def test_what_changes_in_place_is_not_fused_away() -> None:
             actual = module(x.clone())
     assert torch.allclose(actual, expected, atol=1e-6)
     assert "linear_gelu" not in mode.counts()
+
+
+def test_who_alone_follows_gelu() -> None:
+    """A result may be made wider for the layer that takes gelu of it, unless another does, or it is added to something too."""
+    a, b, c = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8), torch.nn.Linear(16, 8)
+    down = torch.nn.Linear(8, 16)
+    gelu = functional.gelu
+    forwards: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "alone": lambda x: b(gelu(a(x))),
+        "added too": lambda x: (h := a(x)) + down(b(gelu(h))),
+        "two": lambda x: c(gelu(a(b(gelu(a(x)))))),
+    }
+    module = torch.nn.ModuleList([a, b, c, down])
+    found = {}
+    for name, forward in forwards.items():
+        x = torch.randn(3, 8)
+        weights = linear.collect(module, lambda: forward(x))  # noqa: B023
+        packed = [weights.tensors[place] for place in weights.packs]
+        with torch.no_grad(), linear.Fuse(weights, weights.tensors, packed) as mode:
+            forward(x)
+        places = {
+            id(part.weight): weights.layers[id(part.weight)].pack for part in module if id(part.weight) in weights.layers
+        }
+        found[name] = (mode.followed()[places[id(a.weight)]], places.get(id(b.weight)))
+    assert found["alone"][0] == found["alone"][1] is not None
+    assert found["added too"][0] is None
+    assert found["two"][0] is None
 
 
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="no cmake or no C++ compiler here")
