@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from compiler.metrics import entity_f1, f1, spearman
+from compiler.metrics import OUTSIDE, entity_f1, f1, spearman
 from compiler.numerics import Array, Case, cosine
 from compiler.types import LEAST_TEXTS, Model
 
@@ -26,8 +26,6 @@ TIE = 1e-6
 # A classifier of one label of several, and what others' answers are called.
 CHOICE = "single_label_classification"
 KINDS = {"regression": "scores", "multi_label_classification": "labels"}
-# The tag of a word that a model does not see, and so says nothing of.
-OUTSIDE = "O"
 # What the names of answers start with among references.
 ANSWER = "answer."
 

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from compiler.accuracy import CHOICE, OUTSIDE, problem
+from compiler.accuracy import CHOICE, problem
 from compiler.errors import ConfigError
 from compiler.labelled import LINES
+from compiler.metrics import OUTSIDE
 from compiler.samples import length_of_texts
 from compiler.tasks import EXPECTED, TAGGED, Words, answer_texts, check_tags, finite_number, label_number
 from compiler.types import Model

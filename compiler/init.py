@@ -102,7 +102,7 @@ def write(
     MODALITIES[modality].check(snapshot, task)
     positions = config.get("max_position_embeddings")
     limit = positions if isinstance(positions, int) and positions > 5 else 128
-    one = len(config.get("id2label") or "..") == 1 or config.get("num_labels") == 1  # a number, which is no label
+    number = 1 in (config.get("num_labels"), len(config.get("id2label") or ()))  # which is no label
     chosen = {
         "name": _name(plain),
         "release": "1.0.0",
@@ -121,7 +121,7 @@ def write(
         options=(trust_remote_code * "    trust_remote_code: true             # runs the Python code in the checkpoint\n")
         + (allow_pickle * "    allow_pickle: true                  # opens pytorch_model.bin, weights only\n"),
         example=example(task),
-        argmax="" if task.endswith("feature-extraction") or one else ", argmax: 0.98",
+        argmax="" if task.endswith("feature-extraction") or number else ", argmax: 0.98",
         kind=KINDS[modality],
         besides="odd, short and longest shapes" if modality == "text" else "odd ones",
         sequence=f"      sequence: [{lengths}]\n" if modality == "text" else "",

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     Numbers = Sequence[float] | np.ndarray[Any, np.dtype[Any]]
 
 
+# The tag of a word that is of no entity, which one that a model does not see is taken for.
+OUTSIDE = "O"
 # Figures of which less is better.
 ERRORS = frozenset({"wer"})
 

@@ -382,18 +382,18 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
 
 
 def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -> Texts:
+    where = f"{key}: {path}"
     try:
         read = path.read_bytes()
         content = read.decode("utf-8")
     except OSError as error:
-        raise ConfigError(f"{key}: {path}: cannot be read ({error.strerror})") from error
+        raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{key}: {path}: not UTF-8 text") from error
-    where = f"{key}: {path}"
+        raise ConfigError(f"{where}: not UTF-8 text") from error
     numbered = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
     lines = tuple(parse_line(line, task, f"{where}:{number}") for number, line in numbered)
     if not lines:
-        raise ConfigError(f"{key}: {path}: holds no line; give one JSON object a line")
+        raise ConfigError(f"{where}: holds no line; give one JSON object a line")
     sha256 = hashlib.sha256(read).hexdigest()
     found = [(number, read_label(line, task)) for number, line in numbered] if labelled else []
     labels = tuple((number, label) for number, label in found if label is not None)
@@ -413,8 +413,8 @@ def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -
         raise ConfigError(f"{where}: some lines have tokens and some a text; give all of them one")
     if len({len(line) for line in lines}) > 1:
         if task == "multiple-choice":
-            raise ConfigError(f"{key}: {path}: the lines have different numbers of choices; give all of them as many")
-        raise ConfigError(f"{key}: {path}: some lines have a text_pair and some have none; give all of them one")
+            raise ConfigError(f"{where}: the lines have different numbers of choices; give all of them as many")
+        raise ConfigError(f"{where}: some lines have a text_pair and some have none; give all of them one")
     return Texts(name, sha256, lines, labels=labels or None)
 
 

@@ -150,9 +150,8 @@ def test_drop_is_of_the_metric_of_the_task() -> None:
     config = SimpleNamespace(num_labels=2, id2label={1: "a", 2: "b"})
     model: Any = SimpleNamespace(task="token-classification", module=SimpleNamespace(config=config))
     assert tag_names(model) == ["LABEL_0", "a"]
-    logits = np.eye(3)[
-        [0, 1, 2, 0, 0, 1, 0]
-    ]  # of seven tokens, of which the second, third and fourth, and the sixth begin words
+    # Of seven tokens; the second, third and fourth, and the sixth begin words.
+    logits = np.eye(3)[[0, 1, 2, 0, 0, 1, 0]]
     words: list[Any] = [{"places": [1, 2, 3], "tags": ["B-PER", "I-PER", "O"]}, {"places": [5], "tags": ["B-PER"]}]
     shorter = logits.copy()
     shorter[2] = np.eye(3)[0]  # an entity ends too early

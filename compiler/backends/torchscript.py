@@ -209,10 +209,9 @@ def quantize(out: Path, exported: Path, layers: Layers, rest: Precision) -> dict
             continue
         bias = None if (at := about["biases"][pack]) is None else tensors[at]
         dtype, outputs = tensors[place].dtype, layer.outputs
-        if (behind := about["followed"][pack]) is not None and (
-            next := layers.joined_as(about["digests"][behind])
-        ) is not None:
-            layer, bias = repeating(layer, bias, next)
+        behind = about["followed"][pack]
+        if behind is not None and (following := layers.joined_as(about["digests"][behind])) is not None:
+            layer, bias = repeating(layer, bias, following)
         records[pack * RECORD : (pack + 1) * RECORD] = record(layer, bias, dtype, outputs)
         tensors[place] = torch.from_numpy(layer.weight)
         ran |= dict.fromkeys(layer.name.split("+"), about["runs"][pack])

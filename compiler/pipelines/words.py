@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from compiler.metrics import OUTSIDE
 from compiler.pipelines import text
 from compiler.pipelines.base import Pipeline
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 TASK = "token-classification"
 OPTIONS: Mapping[str, Any] = {}
-OUTSIDE = "O"
 prepare, size, collate, rows, single = text.prepare, text.size, text.collate, text.rows, text.single
 WINDOW, group = text.WINDOW, text.group
 

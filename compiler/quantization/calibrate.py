@@ -168,17 +168,15 @@ def excerpts(texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """
     found: list[tuple[str, ...]] = []
     for number, (*before, last) in enumerate(texts):
-        words, space, count = last.split(), " ", 1 + number % EXCERPT
+        words, count = last.split(), 1 + number % EXCERPT
+        join: Callable[[list[str]], str] = " ".join
         if isinstance(last, Words):
-            some = [word for word in last.words if word.strip()]
-            start = number % (max(len(some) - count, 0) + 1)
-            found.append((Words(some[start : start + count]),))
-            continue
-        if len(last) > LONG_WORDS * len(words):
-            words, space, count = [*last.strip()], "", 2 * count
+            words, join = [word for word in last.words if word.strip()], Words
+        elif len(last) > LONG_WORDS * len(words):
+            words, count, join = [*last.strip()], 2 * count, "".join
         count = min(count, len(words))
         start = number % (len(words) - count + 1)
-        found.append((*before, space.join(words[start : start + count])))
+        found.append((*before, join(words[start : start + count])))
     return found
 
 
