@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from compiler.embedding import NAME as SENTENCE_EMBEDDING
 from compiler.metrics import OUTSIDE, entity_f1, f1, spearman
 from compiler.numerics import Array, Case, cosine
+from compiler.pooling import POOLING
 from compiler.types import LEAST_TEXTS, Model
 
 # The longest answer, in tokens, of a question; as SQuAD's evaluation of BERT has it.
@@ -61,7 +63,7 @@ def answers(
     task: str,
     outputs: Mapping[str, Array],
     mask: Array,
-    pooling: Mapping[str, Any],
+    pooling: Sequence[str],
     places: Array | None = None,
     problem: str = CHOICE,
 ) -> dict[str, Array]:
@@ -70,7 +72,8 @@ def answers(
     Args:
         outputs: the model's, as arrays.
         mask: True at real tokens, `[batch, sequence]`.
-        pooling: for feature-extraction, `mode` (`mean`, `cls`, `max` or `lasttoken`) of tokens into a text's vector.
+        pooling: for feature-extraction without the sentence embedding in the graph, how tokens become a text's vector, by the
+            names of `compiler.pooling.POOLING`.
         places: for fill-mask, True at the masked tokens, `[batch, sequence]`.
         problem: for text-classification, as the function of that name has it.
 
@@ -81,6 +84,8 @@ def answers(
         question-answering: `span` `[batch, 2]`, the tokens where the best answer starts and ends.
     """
     if task == "feature-extraction":
+        if SENTENCE_EMBEDDING in outputs:
+            return {"embedding": unit(outputs[SENTENCE_EMBEDDING])}
         return {"embedding": embed(outputs["last_hidden_state"], mask, pooling)}
     if task == "question-answering":
         return {"span": spans(outputs["start_logits"], outputs["end_logits"], mask)}
@@ -90,22 +95,18 @@ def answers(
     return {KINDS.get(problem, "logits"): logits.reshape(len(logits), -1)}
 
 
-def embed(tokens: Array, mask: Array, pooling: Mapping[str, Any]) -> Array:
-    """Tokens' vectors `[batch, sequence, hidden]` as texts' `[batch, hidden]`, float64, of length 1, pooled as
-    sentence-transformers' `Pooling` has it."""
+def embed(tokens: Array, mask: Array, pooling: Sequence[str]) -> Array:
+    """Tokens' vectors `[batch, sequence, hidden]` as texts' `[batch, width]`, float64, of length 1, pooled by each of
+    `compiler.pooling.POOLING` that is named, one behind the other; zeros for a text without a token."""
     values = np.asarray(tokens, dtype=np.float64)
-    weight = mask[..., None].astype(np.float64)
-    mode = pooling.get("mode", "mean")
-    if mode == "cls":
-        pooled = values[np.arange(len(values)), mask.argmax(axis=1)]
-    elif mode == "lasttoken":
-        pooled = values[np.arange(len(values)), mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)]
-    elif mode == "max":
-        pooled = np.where(weight > 0, values, -np.inf).max(axis=1)
-    else:
-        pooled = (values * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1)
-    norms: Array = np.linalg.norm(pooled, axis=1, keepdims=True)
-    result: Array = pooled / np.maximum(norms, 1e-12)
+    rows = [row[real] if real.any() else np.zeros((1, values.shape[-1])) for row, real in zip(values, mask, strict=True)]
+    return unit(np.stack([np.concatenate([POOLING[mode](row) for mode in pooling]) for row in rows]))
+
+
+def unit(rows: Array) -> Array:
+    """Rows as float64, of length 1."""
+    values = np.asarray(rows, dtype=np.float64)
+    result: Array = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
     return result
 
 

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from compiler.errors import SourceError
+from compiler.pooling import POOLING, modes
 
 if TYPE_CHECKING:
     import torch
@@ -18,15 +19,6 @@ if TYPE_CHECKING:
     from compiler.types import Snapshot
 
 NAME = "sentence_embedding"
-# The names of older files, and of newer ones.
-POOLING = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 ACTIVATIONS = ("GELU", "Identity", "ReLU", "Sigmoid", "SiLU", "Tanh")
 
 
@@ -128,16 +120,14 @@ def _settings(snapshot: Snapshot, folder: str) -> dict[str, Any]:
 
 
 def _modes(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """The poolings whose results are put one behind the other, in the order of sentence-transformers."""
-    named: Any = config.get("pooling_mode", [mode for key, mode in POOLING.items() if config.get(key) is True] or "mean")
-    modes = (named,) if isinstance(named, str) else tuple(named)
-    if unknown := [mode for mode in modes if mode not in POOLING.values() or mode == "weightedmean"]:
-        raise SourceError(f"{where}: pooling {', '.join(map(str, unknown))} is not known here; leave sentence_embedding out")
+    named = modes(config)
+    if unknown := [mode for mode in named if mode not in POOLING or mode == "weightedmean"]:
+        raise SourceError(f"{where}: pooling {', '.join(unknown)} is not known here; leave sentence_embedding out")
     if config.get("include_prompt") is False:
         raise SourceError(
             f"{where}: leaves a prompt out of the pooling, which no graph knows of; leave sentence_embedding out"
         )
-    return modes
+    return named
 
 
 def _pool(modes: tuple[str, ...]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -21,6 +21,7 @@ import yaml
 
 from compiler.errors import SourceError
 from compiler.hashing import canonical, hash_files, list_files
+from compiler.pooling import POOLING, modes
 from compiler.tasks import Modality, infer
 from compiler.types import File, Snapshot
 
@@ -234,17 +235,27 @@ def read_config(snapshot: Snapshot) -> dict[str, Any]:
     return config
 
 
-def pooling(snapshot: Snapshot) -> dict[str, str]:
-    """How tokens become a text's vector: `mode` is `mean`, `cls`, `max` or `lasttoken`, as sentence-transformers' files say;
-    the mean where there are none."""
-    for file in snapshot.support:
-        if file.path.endswith("Pooling/config.json"):
-            config = _read_json(snapshot.root / file.path, file.path)
-            names = {"cls_token": "cls", "max_tokens": "max", "lasttoken": "lasttoken"}
-            for name, mode in names.items():
-                if isinstance(config, dict) and config.get(f"pooling_mode_{name}"):
-                    return {"mode": mode}
-    return {"mode": "mean"}
+def pooling(snapshot: Snapshot) -> list[str]:
+    """How tokens become a text's vector, as sentence-transformers' files say, by the names of `compiler.pooling.POOLING`; the
+    mean where there are none.
+
+    Raises:
+        SourceError: they cannot be read, or name a way that is not known.
+    """
+    names = {file.path for file in snapshot.support}
+    entries = _read_json(snapshot.root / "modules.json", "modules.json") if "modules.json" in names else []
+    for entry in entries if isinstance(entries, list) else []:
+        if not isinstance(entry, dict) or str(entry.get("type")).rpartition(".")[2] != "Pooling":
+            continue
+        name = str(PurePosixPath(str(entry.get("path", "")), "config.json"))
+        config = _read_json(snapshot.root / name, name) if name in names else None
+        if not isinstance(config, dict):
+            raise SourceError(f"{name}: missing or not a JSON object, and modules.json names it; fetch the checkpoint again")
+        found = modes(config)
+        if unknown := [mode for mode in found if mode not in POOLING]:
+            raise SourceError(f"{name}: pooling {', '.join(unknown)} is not known, so int8 cannot be judged; leave int8 out")
+        return list(found)
+    return ["mean"]
 
 
 def _check_pins(spec: ModelSpec, files: dict[str, File]) -> None:

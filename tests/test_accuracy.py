@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,7 +121,7 @@ def test_what_a_classifiers_logits_are(named: str | None, labels: int, expected:
     config = SimpleNamespace(problem_type=named, num_labels=labels)
     model: Any = SimpleNamespace(task="text-classification", module=SimpleNamespace(config=config))
     logits = RANDOM.standard_normal((len(MASK), labels))
-    found = answers("text-classification", {"logits": logits}, MASK, {}, None, problem(model))
+    found = answers("text-classification", {"logits": logits}, MASK, [], None, problem(model))
     assert list(found) == [expected]
 
 
@@ -203,11 +204,12 @@ def test_spans_by_brute_force() -> None:
 
 
 MASK = np.array([[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=bool)
-POOLED = {
+POOLED: dict[str, Callable[[Any], Any]] = {
     "mean": lambda rows: rows.mean(axis=0),
     "max": lambda rows: rows.max(axis=0),
     "cls": lambda rows: rows[0],
     "lasttoken": lambda rows: rows[-1],
+    "weightedmean": lambda rows: np.average(rows, axis=0, weights=np.arange(1, len(rows) + 1)),
 }
 
 
@@ -215,30 +217,42 @@ POOLED = {
 def test_pooling_sees_real_tokens_alone(mode: str) -> None:
     tokens = RANDOM.standard_normal((3, 4, 6))
     tokens[~MASK] = 1e6
-    for row, vector in enumerate(embed(tokens, MASK, {"mode": mode})):
+    for row, vector in enumerate(embed(tokens, MASK, [mode])):
         expected = POOLED[mode](tokens[row][MASK[row]])
         assert vector == pytest.approx(expected / np.linalg.norm(expected))
 
 
-def test_tokens_are_pooled_by_their_mean_where_nothing_is_said() -> None:
+def test_several_poolings_are_one_behind_the_other() -> None:
     tokens = RANDOM.standard_normal((3, 4, 6))
-    assert np.array_equal(embed(tokens, MASK, {}), embed(tokens, MASK, {"mode": "mean"}))
+    for row, vector in enumerate(embed(tokens, MASK, ["mean", "cls"])):
+        expected = np.concatenate([POOLED[mode](tokens[row][MASK[row]]) for mode in ("mean", "cls")])
+        assert vector == pytest.approx(expected / np.linalg.norm(expected))
+
+
+def test_a_text_without_a_token_has_an_embedding_of_zeros() -> None:
+    assert not embed(np.ones((1, 4, 6)), np.zeros((1, 4), dtype=bool), ["cls"]).any()
+
+
+def test_an_embedding_in_the_graph_is_the_answer() -> None:
+    outputs = {"last_hidden_state": RANDOM.standard_normal((3, 4, 6)), "sentence_embedding": np.array([[3.0, 4.0]] * 3)}
+    (given,) = answers("feature-extraction", outputs, MASK, ["mean"]).values()
+    assert given.tolist() == [[0.6, 0.8]] * 3
 
 
 def test_answers_of_each_task() -> None:
     logits = RANDOM.standard_normal((3, 4, 7))
-    tokens = answers("token-classification", {"logits": logits}, MASK, {})["logits"]
+    tokens = answers("token-classification", {"logits": logits}, MASK, [])["logits"]
     assert np.array_equal(tokens, logits[MASK])
     places = np.zeros((3, 4), dtype=bool)
     places[0, 1] = places[1, 3] = places[2, 3] = True  # the second is padding
-    masked = answers("fill-mask", {"logits": logits}, MASK, {}, places)["logits"]
+    masked = answers("fill-mask", {"logits": logits}, MASK, [], places)["logits"]
     assert np.array_equal(masked, logits[[0, 2], [1, 3]])
-    labels = answers("text-classification", {"logits": logits[:, 0]}, MASK, {})["logits"]
+    labels = answers("text-classification", {"logits": logits[:, 0]}, MASK, [])["logits"]
     assert np.array_equal(labels, logits[:, 0])
 
 
 def test_answers_are_stacked_over_batches() -> None:
-    stacked = Answering({"task": "fill-mask", "pooling": {}, "mask_token": 9, "problem": CHOICE})
+    stacked = Answering({"task": "fill-mask", "pooling": [], "mask_token": 9, "problem": CHOICE})
     assert stacked.stacked() == {}
     logits = RANDOM.standard_normal((2, 3, 5))
     for number in range(2):

@@ -13,15 +13,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from compiler.accuracy import answers
 from compiler.backends import BACKENDS
 from compiler.config import ModelSpec, OnnxTargets, Targets
 from compiler.errors import ConfigError, SourceError
 from compiler.hashing import hash_folder
 from compiler.plan import make_plan
-from compiler.sources import resolve
+from compiler.sources import pooling, resolve
 from compiler.stages.export import export
 from compiler.stages.load import load, run_eager, signature
-from compiler.types import Artifact, Model, Target
+from compiler.types import Artifact, Model, Snapshot, Target
 from tests.conftest import write_pipeline
 
 TEXTS = ["Cats sleep most of the day.", "The harbour opens at six.", "salt"]
@@ -57,10 +58,13 @@ def write(bert: Path, tmp_path: Path) -> Write:
     return make
 
 
-def loaded(folder: Path) -> Model:
+def snapshot(folder: Path) -> Snapshot:
     targets = Targets(onnx=OnnxTargets(precisions=("fp32",)))
-    snapshot = resolve(ModelSpec(name="a", release="1.0.0", source="path:.", targets=targets), folder)
-    return load(snapshot, "feature-extraction", sentence_embedding=True)
+    return resolve(ModelSpec(name="a", release="1.0.0", source="path:.", targets=targets), folder)
+
+
+def loaded(folder: Path) -> Model:
+    return load(snapshot(folder), "feature-extraction", sentence_embedding=True)
 
 
 def inputs(model: Model, side: str = "right") -> dict[str, np.ndarray[Any, Any]]:
@@ -99,15 +103,45 @@ def test_it_is_that_of_sentence_transformers(
     ]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
+        {"pooling_mode": "cls"},
+        {"pooling_mode": "lasttoken", "pooling_mode_mean_tokens": True},
+        {"pooling_mode": ["mean", "cls"]},
+        {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True},
+        {"pooling_mode": "weightedmean"},
+        {"pooling_mode": "mean_sqrt_len_tokens"},
+    ],
+)
+@pytest.mark.parametrize("path", ["1_Pooling", "pooled"])
+def test_int8_is_judged_by_the_embeddings_of_sentence_transformers(write: Write, settings: dict[str, Any], path: str) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = write(settings, "Normalize", path=path)
+    found = snapshot(folder)
+    model = load(found, "feature-extraction")
+    given = inputs(model)
+    how = pooling(found)
+    made = answers("feature-extraction", run_eager(model, given), given["attention_mask"].astype(bool), how)["embedding"]
+    theirs = SentenceTransformer(str(folder), device="cpu", local_files_only=True).encode(TEXTS)
+    np.testing.assert_allclose(made, theirs, atol=1e-5)
+
+
+def test_int8_of_a_pooling_that_is_not_known(write: Write) -> None:
+    with pytest.raises(SourceError, match=r"1_Pooling/config\.json: pooling other is not known"):
+        pooling(snapshot(write({"pooling_mode": "other"})))
+
+
 @pytest.mark.parametrize("format", list(BACKENDS))
 def test_it_is_in_every_format_and_padding_costs_nothing(write: Write, tmp_path: Path, format: str) -> None:
     folder = write({"pooling_mode_mean_tokens": True}, "Normalize")
     model = loaded(folder)
-    targets = Targets(onnx=OnnxTargets(precisions=("fp32",)))
-    snapshot = resolve(ModelSpec(name="a", release="1.0.0", source="path:.", targets=targets), folder)
     (tmp_path / "out").mkdir()
     target = Target(format, "fp32")
-    known = export(tmp_path / "out", target, snapshot, "feature-extraction", {"sentence_embedding": True}, None)
+    known = export(tmp_path / "out", target, snapshot(folder), "feature-extraction", {"sentence_embedding": True}, None)
     assert known["declined"] == {}
     assert known["fusions"]["padding_free"] == 2
     backend = BACKENDS[format]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compiler.errors import InputError, ReleaseError
 from compiler.pipelines import text, tokenizer
 from compiler.pipelines.base import Pipeline
+from compiler.pooling import POOLING, modes
 from compiler.runtime import CompiledModel
 
 if TYPE_CHECKING:
@@ -80,15 +81,7 @@ def prepare(model: CompiledModel, options: Mapping[str, Any]) -> Sentences:
 def _pooling(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
     if config.get("include_prompt", True) is False:
         raise InputError(f"{folder}: its pooling leaves prompts out, which only sentence-transformers can")
-    if "pooling_mode" in config:
-        named = config["pooling_mode"]
-        modes = [named] if isinstance(named, str) else list(named)
-    else:
-        modes = [name.removeprefix("pooling_mode_") for name, on in config.items() if name.startswith("pooling_mode_") and on]
-    short = {f"{name}_tokens": name for name in ("mean", "max", "mean_sqrt_len", "weightedmean")} | {"cls_token": "cls"}
-    # sentence-transformers' order, when several are concatenated.
-    found = {short.get(mode, mode) for mode in modes}
-    return tuple(sorted(found, key=lambda mode: list(POOLING).index(mode) if mode in POOLING else len(POOLING)))
+    return modes(config)
 
 
 def _json(path: Path) -> Any:
@@ -143,22 +136,3 @@ def similar(sentences: Sentences, one: Vectors, other: Vectors) -> float:
     if sentences.similarity == "manhattan":
         return -float(np.abs(one - other).sum())
     return float(one @ other / max(float(np.linalg.norm(one) * np.linalg.norm(other)), 1e-12))
-
-
-def _weighted(vectors: Vectors) -> Vectors:
-    """Later tokens weigh more: 1, 2, 3 … (SGPT, arXiv:2202.08904)."""
-    import numpy as np
-
-    weights = np.arange(1, len(vectors) + 1, dtype=vectors.dtype)
-    return np.asarray((vectors * weights[:, None]).sum(axis=0) / weights.sum())
-
-
-# What becomes of a text's vectors `[tokens, width]`, in the order in which sentence-transformers concatenates them.
-POOLING: dict[str, Callable[[Vectors], Vectors]] = {
-    "cls": lambda vectors: vectors[0],
-    "max": lambda vectors: vectors.max(axis=0),
-    "mean": lambda vectors: vectors.sum(axis=0) / len(vectors),
-    "mean_sqrt_len": lambda vectors: vectors.sum(axis=0) / len(vectors) ** 0.5,
-    "weightedmean": _weighted,
-    "lasttoken": lambda vectors: vectors[-1],
-}

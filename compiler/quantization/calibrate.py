@@ -106,7 +106,7 @@ def calibrate(
     model: Model,
     texts: Sequence[tuple[str, ...]],
     held: Sequence[tuple[str, ...]],
-    pooling: Mapping[str, Any],
+    pooling: Sequence[str],
     bits: int,
 ) -> dict[str, Any]:
     """Write `layers.safetensors`, every linear layer and every large embedding in int8, and return what is known of them.
@@ -215,7 +215,7 @@ def batches(model: Model, texts: Sequence[tuple[str, ...]]) -> Iterator[Text]:
 
 
 def answer(
-    model: Model, texts: Sequence[Text], pooling: Mapping[str, Any], *, soft: bool = False
+    model: Model, texts: Sequence[Text], pooling: Sequence[str], *, soft: bool = False
 ) -> dict[str, np.ndarray[Any, Any]]:
     """The answers of the model as it is now, stacked over the texts, in their order.
 

@@ -60,7 +60,7 @@ POOLED = {
     "mean": lambda states: states.mean(0),
     "cls": lambda states: states[0],
     "max": lambda states: states.max(0).values,
-    "mean_sqrt_len": lambda states: states.sum(0) / len(states) ** 0.5,
+    "mean_sqrt_len_tokens": lambda states: states.sum(0) / len(states) ** 0.5,
     "weightedmean": lambda states: sum((n + 1) * row for n, row in enumerate(states)) / sum(range(1, len(states) + 1)),
     "lasttoken": lambda states: states[-1],
 }
@@ -107,6 +107,10 @@ def test_other_files(model: CompiledModel, states: Any, tmp_path: Path) -> None:
     (both.folder / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode": "max"}))
     maximum = torch.nn.functional.normalize(states(text).max(0).values, dim=0).numpy()
     np.testing.assert_allclose(compiler.pipeline("sentence-embedding", both)(text), maximum[:40], atol=2e-6)
+    (both.folder / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode": ["mean", "cls"]}))
+    vectors = states(text)
+    together = torch.nn.functional.normalize(torch.cat([vectors.mean(0), vectors[0]]), dim=0).numpy()
+    np.testing.assert_allclose(compiler.pipeline("sentence-embedding", both)(text), together[:40], atol=2e-6)
 
 
 @pytest.mark.parametrize(

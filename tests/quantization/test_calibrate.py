@@ -35,7 +35,7 @@ from tests.backends.conftest import load_checkpoint
 from tests.quantization.formula import formula, widened
 from tests.zoo import save_checkpoint
 
-MEAN = {"mode": "mean"}
+MEAN = ["mean"]
 
 
 def texts(count: int, seed: int) -> list[tuple[str, ...]]:
