@@ -56,7 +56,10 @@ def problem(model: Model) -> str:
     config: Any = model.module.config
     if model.task != "text-classification":
         return CHOICE
-    return config.problem_type or ("regression" if config.num_labels == 1 else CHOICE)
+    # Of one label there is nothing to choose, whatever a config calls it.
+    if config.num_labels == 1 and config.problem_type != "multi_label_classification":
+        return "regression"
+    return config.problem_type or CHOICE
 
 
 def answers(
@@ -166,7 +169,8 @@ def figures(
     """How far answers, stacked over all texts, are from the original's.
 
     `cosine`: the smallest of a text's two embeddings. `neighbours`: the share of texts whose nearest other text, among the
-    artifact's own embeddings, is the one it was, or as near as that one was. `rank`: Spearman's correlation of the
+    artifact's own embeddings, is the one it was, or as near as that one was; texts to which the original gives the same
+    embedding are no others. `rank`: Spearman's correlation of the
     similarities of all pairs of texts; of scores, of the texts' own. `argmax`: the share of rows of logits with the same
     largest element; where each label is for itself, with the same labels above 1/2. `kl`: the mean of KL(original ||
     artifact) of their softmax, nats; where each label is for itself, the sum over them. `spans`: the share of answers with
@@ -186,10 +190,13 @@ def figures(
     if "embedding" in reference:
         before, after = reference["embedding"], actual["embedding"]
         found["cosine"] = float(cosine(before, after).min())
-        if len(before) >= LEAST_TEXTS:
-            found["neighbours"] = _as_near(before, nearest(after))
-            upper = np.triu_indices(len(before), 1)
-            found["rank"] = spearman((before @ before.T)[upper], (after @ after.T)[upper])
+        similar, since = before @ before.T, after @ after.T
+        # What the model itself takes for the same text says nothing: it stays the same, and the nearest, in any file.
+        told = similar < 1 - TIE
+        if (some := told.any(axis=1)).sum() >= LEAST_TEXTS:
+            found["neighbours"] = _as_near(np.where(told, similar, -np.inf)[some], np.where(told, since, -np.inf)[some])
+            upper: Array = np.triu(told, 1)
+            found["rank"] = spearman(similar[upper], since[upper])
     if "logits" in reference:
         before, after = reference["logits"], actual["logits"]
         choices = [before.argmax(axis=1), after.argmax(axis=1)]
@@ -210,19 +217,10 @@ def figures(
     return found
 
 
-def nearest(embeddings: Array) -> Array:
-    """The nearest other row of each row, by cosine; rows have length 1."""
-    similarity = embeddings @ embeddings.T
-    np.fill_diagonal(similarity, -np.inf)
-    found: Array = similarity.argmax(axis=1)
-    return found
-
-
-def _as_near(embeddings: Array, chosen: Array) -> float:
-    """The share of rows of which the chosen other row is the nearest, or as near as that."""
-    similarity = embeddings @ embeddings.T
-    np.fill_diagonal(similarity, -np.inf)
-    return float((similarity[np.arange(len(chosen)), chosen] >= similarity.max(axis=1) - TIE).mean())
+def _as_near(before: Array, after: Array) -> float:
+    """The share of rows of similarities of which the largest in `after` is the largest in `before`, or as large as that."""
+    chosen = before[np.arange(len(after)), after.argmax(axis=1)]
+    return float((chosen >= before.max(axis=1) - TIE).mean())
 
 
 def _kl(before: Array, after: Array) -> float:

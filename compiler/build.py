@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -236,16 +236,19 @@ class Build:
             raise
         return self.judged(artifact, exported, measured.info["outputs"])
 
-    def judged(self, artifact: Artifact, entry: Entry, figures: Mapping[str, Any]) -> Candidate:
+    def judged(
+        self, artifact: Artifact, entry: Entry, figures: Mapping[str, Any], unmeasured: Collection[str] = ()
+    ) -> Candidate:
         """An artifact with its figures and the verdict on them. Raises ConfigError as `check_limits` does."""
-        self.check_limits(f"{artifact.format} {artifact.precision}", artifact.precision, figures)
+        self.check_limits(f"{artifact.format} {artifact.precision}", artifact.precision, figures, unmeasured)
         checks = judge(figures, self.plan.spec.budget.limits(artifact.precision))
         return Candidate(artifact, entry, figures, Report(artifact.format, artifact.precision, checks))
 
-    def check_limits(self, target: str, precision: str, figures: Mapping[str, Any]) -> None:
-        """Raise ConfigError for a limit in pipeline.yaml of what there is no figure of: nobody would hold it."""
+    def check_limits(self, target: str, precision: str, figures: Mapping[str, Any], unmeasured: Collection[str] = ()) -> None:
+        """Raise ConfigError for a limit in pipeline.yaml of what there is no figure of, but for what is still `unmeasured`:
+        nobody would hold it."""
         there = {name: None for result in figures.values() for name in result["figures"] if name in Limits.model_fields}
-        if missing := [name for name in self.plan.spec.budget.asked(precision) if name not in there]:
+        if missing := [name for name in self.plan.spec.budget.asked(precision) if name not in {*there, *unmeasured}]:
             raise ConfigError(
                 f"{self.plan.spec}: budget.{precision}.{missing[0]}: {target} has no such figure with this task and this "
                 f"validation text; it has {', '.join(there)}"
@@ -369,8 +372,8 @@ class Build:
             "data": {
                 "name": plan.texts.name,
                 "sha256": plan.texts.sha256,
-                "lines": len(plan.texts.lines),
-                **({"answered": min(len(plan.texts.lines), MAX_ACCURACY_LINES)} if plan.calibrate is not None else {}),
+                "lines": plan.texts.rows,
+                **({"answered": plan.texts.answered(MAX_ACCURACY_LINES)} if plan.calibrate is not None else {}),
                 **({"files": dict(plan.texts.files)} if plan.texts.files else {}),
                 **({"note": loaded.info["note"]} if loaded.info["note"] else {}),
             },

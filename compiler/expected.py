@@ -37,13 +37,12 @@ def expected(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> 
         return list(_spans(model, lines, labels))
     if model.task == "token-classification":
         return list(_tagged(model, lines, labels))
-    if model.task == "feature-extraction":
-        return [_number(line, label, model.task) for line, label in labels]
     config: Any = model.module.config
-    if (kind := problem(model)) == "regression":
-        if config.num_labels == 1:
-            return [_number(line, label, model.task) for line, label in labels]
-        return [_numbers(line, label, config.num_labels) for line, label in labels]
+    kind = problem(model)
+    if model.task == "feature-extraction" or (kind == "regression" and config.num_labels == 1):
+        return _varied([[_number(line, label, model.task)] for line, label in labels], labels, model.task)
+    if kind == "regression":
+        return _varied([_numbers(line, label, config.num_labels) for line, label in labels], labels, model.task)
     names = config.id2label
     if kind == CHOICE:
         return [_label(line, label, names) for line, label in labels]
@@ -52,6 +51,17 @@ def expected(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> 
 
 def _number(line: int, value: Any, task: str) -> float:
     return finite_number(value, EXPECTED[task], f"data.validation:{line}", LINES[task])
+
+
+def _varied(rows: Sequence[Sequence[float]], labels: Labels, task: str) -> list[Any]:
+    """The numbers of each line; of one, that. Rank correlation is of what differs."""
+    if any(len(set(column)) == 1 for column in zip(*rows, strict=True)):
+        name = EXPECTED[task]
+        raise ConfigError(
+            f"data.validation:{labels[0][0]}: every line has the same {name}, and Spearman's correlation is of different "
+            "ones; give some"
+        )
+    return [row[0] if len(row) == 1 else row for row in rows]
 
 
 def _label(line: int, value: Any, names: Mapping[int, str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.errors import ConfigError
 from compiler.metrics import spoken
-from compiler.tasks import FILES, TAGGED, TASKS, answer_texts, check_tags, finite_number, label_number
+from compiler.tasks import FILES, TAGGED, TASKS, answer_texts, check_tags, finite_number, json_object, label_number
 
 if TYPE_CHECKING:
     from compiler.runtime import Config
@@ -82,13 +81,7 @@ def objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
         rows = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     found = []
     for where, row in rows:
-        try:
-            value = json.loads(row)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where}: not JSON ({error})") from error
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: not a JSON object")
-        found.append((where, value))
+        found.append((where, json_object(row, where)))
     return found
 
 
@@ -108,7 +101,7 @@ def _pair(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, flo
 def _classified(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, Any]:
     task = "text-classification"
     texts = [_text(line, "text", where, task)]
-    if line.get("text_pair"):
+    if line.get("text_pair") is not None:
         texts.append(_text(line, "text_pair", where, task))
     return tuple(texts), _labels(line, where, task, config)
 

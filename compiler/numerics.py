@@ -162,37 +162,30 @@ def compare(pairs: Sequence[Pair], tensor: Tensor, *, logits: bool) -> dict[str,
 
 
 def noise(pairs: Sequence[Pair], tensor: Tensor) -> tuple[float, str]:
-    """The largest noise of an output in one kind of sample, and which kind that is: the mean squared departure of its
-    elements, in units of their columns' variance. What takes a text for another, or padding for text, makes it 1 or
-    more; it is 1e308 where a value is not finite.
+    """The largest noise of an output in one kind and shape of samples, and which these are: the mean squared departure of its
+    elements there, in units of the variance of each column over all samples. What takes a text for another, or padding for
+    text, makes it 1 or more; it is 1e308 where a value is not finite.
 
     The variance is taken as at least `LEAST_VARIANCE` of the mean square: what hardly varies has no noise by being rounded.
     """
-    kinds: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        if len(pair.reference.values):
-            kinds.setdefault(pair.case.name, []).append(pair)
-    if not kinds:
+    pairs = [pair for pair in pairs if pair.reference.real.any()]
+    if not pairs:
         return 1e308, f"{tensor.name}: no row of it counts"
+    if isinstance(tensor.shape[-1], str):  # a number a token, or a choice: places in a row are no columns
+        before = np.concatenate([pair.reference.values[pair.reference.real] for pair in pairs])[:, None]
+    else:
+        before = np.concatenate([pair.reference.values for pair in pairs])
+    unit = max(float(before.var(axis=0).mean()), LEAST_VARIANCE * float((before**2).mean()), 1e-30)
+    squares: dict[tuple[str, tuple[int, ...]], list[Array]] = {}
+    for pair in pairs:
+        with np.errstate(invalid="ignore", over="ignore"):
+            square = (pair.actual.values - pair.reference.values)[pair.reference.real] ** 2
+        squares.setdefault((pair.case.name, pair.case.shape), []).append(square)
     found = []
-    for kind, own in kinds.items():
-        square = variance = floor = 0.0
-        for columns in {pair.reference.values.shape[1] for pair in own}:
-            alike = [pair for pair in own if pair.reference.values.shape[1] == columns]
-            before, after, real = (
-                np.concatenate(part)
-                for part in zip(
-                    *((pair.reference.values, pair.actual.values, pair.reference.real) for pair in alike), strict=True
-                )
-            )
-            with np.errstate(invalid="ignore", over="ignore"):
-                square += float((np.where(real, after - before, 0.0) ** 2).sum())
-            counts = np.maximum(real.sum(axis=0), 1)
-            mean = np.where(real, before, 0.0).sum(axis=0) / counts
-            variance += float((np.where(real, before - mean, 0.0) ** 2).sum())
-            floor += float((np.where(real, before, 0.0) ** 2).sum())
-        share = square / max(variance, LEAST_VARIANCE * floor, 1e-30)
-        found.append((share if np.isfinite(share) else 1e308, f"{tensor.name}: all samples with {kind} together"))
+    for (kind, shape), own in squares.items():
+        share = float(np.concatenate(own).mean()) / unit
+        where = f"{tensor.name}: samples with {kind}, {'x'.join(map(str, shape))}"
+        found.append((share if np.isfinite(share) else 1e308, where))
     return max(found)
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import platform
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,15 @@ class Texts:
     lines: tuple[tuple[str, ...], ...]
     files: Mapping[str, str] = field(default_factory=dict)
     labels: tuple[tuple[int, Any], ...] | None = None
+
+    @property
+    def rows(self) -> int:
+        """The file's lines; of a pair of texts that has a score, both are among `lines`."""
+        return len(self.lines) if self.labels is None else len(self.labels)
+
+    def answered(self, most: int) -> int:
+        """Of how many lines all texts are among the first `most`."""
+        return min(len(self.lines), most) * self.rows // len(self.lines)
 
 
 @dataclass(frozen=True)
@@ -247,12 +257,17 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             f"{spec}: sentence_embedding: is an output of feature-extraction, and the task is {task}; leave it out"
         )
     texts = read_texts(spec, task, folder)
+    _check_cpu(spec)
     accurate = any(target.precision == "int8" for target in spec.targets.list())
     if accurate and TASKS[task].modality != "text":
         raise ConfigError(f"{spec}: int8 is made of models of text, and the task is {task}; leave int8 out of targets:")
-    if accurate and len(texts.lines) < LEAST_TEXTS:
+    if accurate and (count := len({_content(line) for line in texts.lines})) < LEAST_TEXTS:
         raise ConfigError(
-            f"{spec}: data.validation: {len(texts.lines)} texts are too few to judge int8 by; give at least {LEAST_TEXTS}"
+            f"{spec}: data.validation: {count} different texts are too few to judge int8 by; give at least {LEAST_TEXTS}"
+        )
+    if accurate and texts.rows < LEAST_TEXTS:  # pairs of texts
+        raise ConfigError(
+            f"{spec}: data.validation: {texts.rows} scores are too few to judge int8 by; give at least {LEAST_TEXTS}"
         )
     named = spec.data.calibration if accurate else None
     calibration = None if named is None else read_calibration(named, task, folder, texts)
@@ -369,6 +384,16 @@ def _load_libraries(task: str) -> tuple[str, ...]:
     return (*LOAD_LIBRARIES, *MODALITIES[TASKS[task].modality].LIBRARIES)
 
 
+def _check_cpu(spec: ModelSpec) -> None:
+    """Raise ConfigError where int8 is to be made for a CPU that this one is not: its sums of products would saturate here."""
+    int8 = any(target.precision == "int8" for target in spec.targets.list())
+    if int8 and spec.quantize.cpu == "avx512_vnni" and not cpu.has(cpu.WIDE_SUMS):
+        raise ConfigError(
+            f"{spec}: quantize.cpu: avx512_vnni: this CPU has no {' or '.join(cpu.WIDE_SUMS[:3])}, so nothing for one can "
+            "be checked here; build where there is one, or say avx2 for files that are right on both"
+        )
+
+
 def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
     """The validation text, images or sound of a model, or the compiler's own."""
     named = spec.data.validation
@@ -385,7 +410,7 @@ def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -
     where = f"{key}: {path}"
     try:
         read = path.read_bytes()
-        content = read.decode("utf-8")
+        content = read.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -447,8 +472,8 @@ def read_calibration(named: CalibrationFile, task: str, folder: Path, validation
 
 
 def _content(line: tuple[str, ...]) -> str:
-    """What makes two texts the same one: all but white space and case."""
-    return "\n".join(" ".join(part.split()).casefold() for part in line)
+    """What makes two texts the same one: all but white space, case, and how Unicode writes a character."""
+    return "\n".join(" ".join(unicodedata.normalize("NFKC", part).split()).casefold() for part in line)
 
 
 def _hash(path: Path, kind: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from compiler.errors import ConfigError, SourceError, StageError
 from compiler.numerics import Case
 from compiler.tasks import Words
-from compiler.types import Model
+from compiler.types import LEAST_TEXTS, Model
 
 # What kind of padding a sample has; `TEXT` are the lines of the text as a user would batch them.
 NONE, RIGHT, LEFT, TEXT = "no padding", "right padding", "left padding", "text"
@@ -27,6 +27,8 @@ MAX_LINES, BATCH = 256, 8
 # The lines that the accuracy of int8 is measured on, in batches of so many, or of fewer where a batch's logits for all words
 # of a vocabulary would have more than so many numbers.
 MAX_ACCURACY_LINES, ACCURACY_BATCH, MAX_LOGITS = 1024, 32, 1 << 27
+# How many characters words have at most on average, where a script has spaces between them.
+LONG_WORDS = 20
 
 
 def cases(
@@ -75,12 +77,26 @@ def cases(
 def accuracy_cases(model: Model, texts: Sequence[tuple[str, ...]]) -> list[Case]:
     """The first `MAX_ACCURACY_LINES` texts, in their order."""
     texts = with_masks(model, texts[:MAX_ACCURACY_LINES])
-    config: Any = model.module.config
-    row = min(model.positions or LONGEST, LONGEST) * config.vocab_size
-    size = min(ACCURACY_BATCH, max(1, MAX_LOGITS // row)) if model.task == "fill-mask" else ACCURACY_BATCH
+    size = batch_size(model, ACCURACY_BATCH)
     found = [Case(ACCURACY, together(model, texts[start : start + size])) for start in range(0, len(texts), size)]
     _check_ids(model, found)
+    if model.task == "fill-mask":
+        masks = sum(int((case.inputs["input_ids"] == model.tokenizer.mask_token_id).sum()) for case in found)
+        if masks < LEAST_TEXTS:
+            raise ConfigError(
+                f"data.validation: {masks} masked words within the {length_of_texts(model)} tokens that the model takes of a "
+                f"text are too few to judge int8 by; give at least {LEAST_TEXTS}"
+            )
     return found
+
+
+def batch_size(model: Model, most: int) -> int:
+    """How many texts are in a batch: fewer than `most` where their logits for a whole vocabulary would fill the memory."""
+    if model.task != "fill-mask":
+        return most
+    config: Any = model.module.config
+    words: int = config.vocab_size
+    return min(most, max(1, MAX_LOGITS // (length_of_texts(model) * words)))
 
 
 def tokenize(model: Model, texts: Sequence[tuple[str, ...]], sequence: int, side: str) -> dict[str, np.ndarray[Any, Any]]:
@@ -167,19 +183,34 @@ class _Filler:
 
 
 def with_masks(model: Model, texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """For fill-mask, texts with a masked word: where `[MASK]` or `<mask>` stands, or else the middle word."""
+    """For fill-mask, texts with a masked word: where `[MASK]` or `<mask>` stands, or else the middle one."""
     if model.task != "fill-mask":
         return list(texts)
     mask = model.tokenizer.mask_token
     if mask is None:
         raise SourceError("task: the tokenizer has no mask token, so fill-mask does not fit this checkpoint")
-    masked: list[tuple[str, ...]] = []
-    for (text,) in texts:
-        words = re.sub(r"\[MASK\]|<mask>", lambda _: mask, text).split(" ")
-        if mask not in text and mask not in words:
-            words[len(words) // 2] = mask
-        masked.append((" ".join(words),))
-    return masked
+    named = [re.sub(r"\[MASK\]|<mask>", lambda _: mask, text) for (text,) in texts]
+    return [(text if mask in text else _masked(model, text, mask),) for text in named]
+
+
+def _masked(model: Model, text: str, mask: str) -> str:
+    """A text with the middle word masked, or the middle character of a script without spaces; before the middle where the
+    text is cut before that."""
+    words, space = text.split(" "), " "
+    if without_spaces(text):
+        words, space = [*text], ""
+    place = len(words) // 2
+    while True:
+        found = space.join([*words[:place], mask, *words[place + 1 :]])
+        ids = model.tokenizer(found, truncation=True, max_length=length_of_texts(model))["input_ids"]
+        if place == 0 or model.tokenizer.mask_token_id in ids:
+            return found
+        place //= 2
+
+
+def without_spaces(text: str) -> bool:
+    """Whether a text's script has no spaces between words."""
+    return len(text) > LONG_WORDS * len(text.split())
 
 
 def _check_ids(model: Model, found: Sequence[Case]) -> None:

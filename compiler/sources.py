@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -235,18 +235,26 @@ def read_config(snapshot: Snapshot) -> dict[str, Any]:
     return config
 
 
-def pooling(snapshot: Snapshot) -> list[str]:
+def pooling(snapshot: Snapshot, task: str, options: Mapping[str, bool]) -> list[str]:
     """How tokens become a text's vector, as sentence-transformers' files say, by the names of `compiler.pooling.POOLING`; the
-    mean where there are none.
+    mean where there are none. Empty where nothing is to be pooled: for another task, or with the embedding in the graph.
 
     Raises:
-        SourceError: they cannot be read, or name a way that is not known.
+        SourceError: they cannot be read, or name what is not known, or layers behind the pooling.
     """
+    if task != "feature-extraction" or options.get("sentence_embedding"):
+        return []
     names = {file.path for file in snapshot.support}
     entries = _read_json(snapshot.root / "modules.json", "modules.json") if "modules.json" in names else []
-    for entry in entries if isinstance(entries, list) else []:
-        if not isinstance(entry, dict) or str(entry.get("type")).rpartition(".")[2] != "Pooling":
-            continue
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SourceError("modules.json: not a list of modules; fetch the checkpoint again")
+    kinds = [str(entry.get("type")).rpartition(".")[2] for entry in entries]
+    if others := [kind for kind in kinds[1:] if kind not in ("Pooling", "Normalize")]:
+        raise SourceError(
+            f"modules.json: has a {others[0]} behind the encoder, and int8 is judged by a text's whole embedding; set "
+            "sentence_embedding: true, so that it is in the files, or leave int8 out of targets:"
+        )
+    for entry in (entry for entry, kind in zip(entries, kinds, strict=True) if kind == "Pooling"):
         name = str(PurePosixPath(str(entry.get("path", "")), "config.json"))
         config = _read_json(snapshot.root / name, name) if name in names else None
         if not isinstance(config, dict):

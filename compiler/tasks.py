@@ -106,6 +106,24 @@ def infer(config: Mapping[str, Any], sentence_transformer: bool, modality: Modal
     )
 
 
+def json_object(text: str, where: str, such: str = "") -> dict[str, Any]:
+    """A JSON object of a data file. Raises ConfigError, with `such` behind it, where the text is none, or holds a surrogate
+    alone: no UTF-8 has that and no tokenizer takes it."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not JSON ({error}){such}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: not a JSON object{such}")
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise ConfigError(f"{where}: {half} is half of a character; write all of it, or leave it out") from error
+    return value
+
+
 def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     """One line of a data file, as the texts that the processor takes: one, a pair, or one (the path of a file, too) and a
     list of others. For token-classification the text may be given as a list of words, `tokens`, and where
@@ -114,13 +132,8 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     Raises:
         ConfigError: the line is not a JSON object, or lacks a field of the task. `where` says which line it is.
     """
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not JSON ({error}); each line is an object such as {example(task)}") from error
     entry = TASKS[task]
-    if not isinstance(line, dict):
-        raise ConfigError(f"{where}: not a JSON object; a line for {task} is {example(task)}")
+    line = json_object(text, where, f"; a line for {task} is {example(task)}")
     # Tags are of words, whatever a text beside them is. None is what some writers have where there is nothing.
     words, tags = line.get("tokens"), line.get("tags")
     if task == "token-classification" and "tokens" in line and (tags is not None or line.get("text") is None):
@@ -129,9 +142,9 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
         return (Words(words),)
     values: list[str] = []
     for name in entry.fields:
-        if name not in line and name in entry.optional:
-            continue
         value = line.get(name)
+        if name in entry.optional and value is None:  # as some writers have it
+            continue
         given: Any = value if name in LISTS else [value]
         found = given if isinstance(given, list) else []
         if len(found) < LISTS.get(name, 1) or not all(isinstance(one, str) and one.strip() for one in found):

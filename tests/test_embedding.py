@@ -124,7 +124,7 @@ def test_int8_is_judged_by_the_embeddings_of_sentence_transformers(write: Write,
     found = snapshot(folder)
     model = load(found, "feature-extraction")
     given = inputs(model)
-    how = pooling(found)
+    how = pooling(found, "feature-extraction", {})
     made = answers("feature-extraction", run_eager(model, given), given["attention_mask"].astype(bool), how)["embedding"]
     theirs = SentenceTransformer(str(folder), device="cpu", local_files_only=True).encode(TEXTS)
     np.testing.assert_allclose(made, theirs, atol=1e-5)
@@ -132,7 +132,16 @@ def test_int8_is_judged_by_the_embeddings_of_sentence_transformers(write: Write,
 
 def test_int8_of_a_pooling_that_is_not_known(write: Write) -> None:
     with pytest.raises(SourceError, match=r"1_Pooling/config\.json: pooling other is not known"):
-        pooling(snapshot(write({"pooling_mode": "other"})))
+        pooling(snapshot(write({"pooling_mode": "other"})), "feature-extraction", {})
+
+
+def test_int8_of_an_embedding_that_goes_on_behind_the_pooling(write: Write) -> None:
+    """What is judged must be what a user gets."""
+    found = snapshot(write({"pooling_mode": "cls"}, "Dense", "Normalize"))
+    with pytest.raises(SourceError, match=r"has a Dense behind the encoder, .* set sentence_embedding: true"):
+        pooling(found, "feature-extraction", {})
+    assert pooling(found, "feature-extraction", {"sentence_embedding": True}) == []
+    assert pooling(found, "text-classification", {}) == []
 
 
 @pytest.mark.parametrize("format", list(BACKENDS))

@@ -104,6 +104,20 @@ def test_answers_that_are_none(tmp_path: Path, answers: Any, reason: str) -> Non
         expected(slow, [("Who?", "Ada reads.")], [(3, ["Ada"])])
 
 
+@pytest.mark.parametrize(
+    ("of", "given"),
+    [
+        (model("feature-extraction"), [0.5, 0.5]),
+        (model(labels=1), [1, 1.0]),
+        (model(labels=2, kind="regression"), [[0.5, 3], [1, 3]]),
+    ],
+)
+def test_numbers_that_are_all_the_same(of: Any, given: list[Any]) -> None:
+    """Rank correlation with them is 0 of any model: nothing could be lost."""
+    with pytest.raises(ConfigError, match=r"^data\.validation:4: every line has the same (score|label), and Spearman's "):
+        expected(of, [("a text",)] * len(given), list(enumerate(given, 4)))
+
+
 WORDS = [
     ["Ada", "reads", "harbour-masters'", "books", "\U0001f989"],
     ["\u200b", "Ben", ""],

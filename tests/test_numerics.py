@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -384,14 +385,15 @@ class TestJudge:
 
 
 def test_noise_is_told_for_each_kind_of_sample() -> None:
-    """In units of an output's variance; answers of another text make it 2 or so, however many other samples are right."""
+    """In units of an output's variance; answers of another text make it 2 or so, however many other samples are right, and
+    however much larger they are."""
     tensor = Tensor("last_hidden_state", "float32", ("batch", "sequence", 4))
     generator = np.random.default_rng(3)
 
-    def pair(name: str, error: float, *, swapped: bool = False) -> Pair:
-        inputs = {"input_ids": np.ones((4, 30)), "attention_mask": np.ones((4, 30))}
+    def pair(name: str, error: float, *, swapped: bool = False, length: int = 30) -> Pair:
+        inputs = {"input_ids": np.ones((4, length)), "attention_mask": np.ones((4, length))}
         case = Case(name, inputs)
-        before = generator.standard_normal((4, 30, 4))
+        before = generator.standard_normal((4, length, 4))
         before[..., 3] += 40  # a column that is wide and hardly varies
         after = before[::-1] if swapped else before + error * generator.standard_normal(before.shape)
         return Pair(case, rows(before, tensor, case), rows(after, tensor, case))
@@ -399,11 +401,33 @@ def test_noise_is_told_for_each_kind_of_sample() -> None:
     right = [pair("no padding", 0.1), pair("left padding", 0.1)]
     share, where = noise(right, tensor)
     assert share == pytest.approx(0.01, rel=0.3)
-    assert re.fullmatch("last_hidden_state: all samples with (no|left) padding together", where)
+    assert re.fullmatch("last_hidden_state: samples with (no|left) padding, 4x30", where)
     wrong, where = noise([*right, *([pair("no padding", 0.0)] * 3), pair("right padding", 0.0, swapped=True)], tensor)
     assert wrong == pytest.approx(2, rel=0.3)
-    assert where == "last_hidden_state: all samples with right padding together"
+    assert where == "last_hidden_state: samples with right padding, 4x30"
+    wrong, where = noise([*right, pair("no padding", 0.1, length=300), pair("no padding", 0, swapped=True, length=5)], tensor)
+    assert wrong == pytest.approx(2, rel=0.5)
+    assert where == "last_hidden_state: samples with no padding, 4x5"
     bad = pair("left padding", 0.0)
     bad.actual.values[3, 1] = np.nan
     assert noise([*right, bad], tensor)[0] == 1e308
     assert noise([], tensor)[0] == 1e308
+
+
+def test_noise_of_a_number_a_token() -> None:
+    """All tokens are one column, whatever the lengths are: a batch of one text has noise as any other."""
+    tensor = Tensor("start_logits", "float32", ("batch", "sequence"))
+    generator = np.random.default_rng(4)
+    pairs = []
+    for batch, length in ((1, 8), (1, 16), (1, 17), (2, 9)):
+        mask = np.ones((batch, length))
+        mask[-1, -3:] = 0
+        case = Case("right padding", {"input_ids": mask, "attention_mask": mask})
+        before = 5 + 2 * generator.standard_normal((batch, length))
+        after = before + 0.2 * generator.standard_normal(before.shape)
+        after[mask == 0] = np.nan  # nobody's result
+        pairs.append(Pair(case, rows(before, tensor, case), rows(after, tensor, case)))
+    share, _ = noise(pairs, tensor)
+    assert share == pytest.approx(0.01, rel=1)
+    other_sign = replace(pairs[0], actual=replace(pairs[0].actual, values=-pairs[0].actual.values))
+    assert noise([*pairs[1:], other_sign], tensor)[0] > 5

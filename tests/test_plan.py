@@ -131,7 +131,7 @@ def test_layers_are_judged_on_the_samples_where_little_is_left_over(tmp_path: Pa
     assert len(read_calibration(many, "feature-extraction", tmp_path, VALIDATION).held) == HELD
 
 
-@pytest.mark.parametrize("text", ["Nobody came.", "  nobody  CAME. "])
+@pytest.mark.parametrize("text", ["Nobody came.", "  nobody  CAME. ", "\uff2eobody came."])
 def test_calibration_text_is_no_validation_text(tmp_path: Path, text: str) -> None:
     named = calibration_file(tmp_path, [*(f"text {number}" for number in range(20)), text, text])
     message = refused(tmp_path, named)
@@ -176,6 +176,44 @@ def test_a_score_is_of_two_texts(tmp_path: Path) -> None:
 def test_answers_are_read_for_int8(tmp_path: Path) -> None:
     line = '{"question": "Who?", "context": "Ada and Ben.", "answers": ["Ada"]}'
     assert validation_file(tmp_path, "question-answering", [line]).labels == ((1, ["Ada"]),)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    named = calibration_file(tmp_path, [f"text {number}" for number in range(20)])
+    plain = read_calibration(named, "feature-extraction", tmp_path, VALIDATION)
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_calibration(named, "feature-extraction", tmp_path, VALIDATION).samples == plain.samples
+
+
+def test_too_little_validation_text_for_int8(bert: Path, tmp_path: Path) -> None:
+    """A text that stands there again is no other."""
+    path = tmp_path / "v.jsonl"
+    data = {"calibration": {"path": str(tmp_path / "c.jsonl"), "samples": 16}, "validation": {"path": str(path)}}
+    for lines, reason in (
+        ([{"text": f"Line {number % 15}"} for number in range(40)], "15 different texts are too few to judge int8 by"),
+        (
+            [{"text": f"Line {number}", "text_pair": f"Other {number}", "score": number} for number in range(15)],
+            "15 scores are too few to judge int8 by",
+        ),
+    ):
+        path.write_text("\n".join(map(json.dumps, lines)))
+        with pytest.raises(ConfigError, match=f"tiny 1.0.0: data.validation: {reason}; give at least 16"):
+            quantized(bert, tmp_path, data=data)
+    pairs = [{"text": f"Line {number}", "text_pair": f"Other {number}", "score": number} for number in range(600)]
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    texts = quantized(bert, tmp_path, data=data).texts
+    assert (len(texts.lines), texts.rows, texts.answered(1024)) == (1200, 600, 512)
+
+
+def test_int8_for_another_kind_of_cpu(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its 8-bit weights would be judged by sums that saturate here."""
+    monkeypatch.setattr(cpu, "features", lambda: "x86_64 avx2 fma avx512f")
+    message = "quantize.cpu: avx512_vnni: this CPU has no amx_int8 or avx512_vnni or avx_vnni, so nothing for one can"
+    with pytest.raises(ConfigError, match=message):
+        quantized(bert, tmp_path, quantize={"cpu": "avx512_vnni"})
+    for name in ("native", "avx2", "avx512"):
+        assert quantized(bert, tmp_path, quantize={"cpu": name}).bits == 7
 
 
 def test_too_few_different_texts(tmp_path: Path) -> None:

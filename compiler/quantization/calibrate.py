@@ -27,8 +27,9 @@ import numpy as np
 import torch
 
 from compiler.accuracy import Answers, answers, problem
+from compiler.errors import ConfigError
 from compiler.quantization.layers import LAYERS, QuantizedLinear, QuantizedTable, digest, save
-from compiler.samples import masked_places, together
+from compiler.samples import batch_size, masked_places, together, without_spaces
 from compiler.tasks import Words
 from compiler.types import Model
 
@@ -47,8 +48,8 @@ WIDE, TIMES = 8, 16
 LEFT = 0.5
 # What is added to the diagonal of GPTQ's Hessian, in units of its mean; columns that are rounded between two updates.
 DAMPING, BLOCK = 0.01, 128
-# Words of the longest excerpts, and how long words are at most on average where a script has spaces between them.
-EXCERPT, LONG_WORDS = 4, 20
+# Words of the longest excerpts.
+EXCERPT = 4
 # A layer with less than this share of the multiply-adds is not worth an error.
 LEAST_SHARE = 0.005
 # In bytes, as float32: smaller embeddings are not worth more operators.
@@ -134,12 +135,14 @@ def calibrate(
     }
     groups = [group for group in groups if _work(module, group) >= LEAST_SHARE * total]
     layers = [layer for group in groups for layer in quantize(module, group, bits)]
-    embeddings, small = tables(module)
-    left |= small
+    embeddings, others = tables(module)
+    left |= others
     save(out / LAYERS, [*layers, *embeddings])
     by_name = {layer.name: layer for layer in layers}
     emulation = Emulation(module, by_name.values())
     trial = list(batches(model, held))
+    if all(text.places is not None and not text.places.any() for text in trial):
+        raise ConfigError("data.calibration: no masked word stands within what the model takes of a text; give shorter ones")
     before = answer(model, trial, pooling, soft=True)
     described = []
     for group in groups:
@@ -172,7 +175,7 @@ def excerpts(texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
         join: Callable[[list[str]], str] = " ".join
         if isinstance(last, Words):
             words, join = [word for word in last.words if word.strip()], Words
-        elif len(last) > LONG_WORDS * len(words):
+        elif without_spaces(last):
             words, count, join = [*last.strip()], 2 * count, "".join
         count = min(count, len(words))
         start = number % (len(words) - count + 1)
@@ -182,20 +185,24 @@ def excerpts(texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 def tables(module: torch.nn.Module, least: int = TABLE) -> tuple[list[QuantizedTable], dict[str, str]]:
     """A model's embeddings that are large, of `least` bytes as float32, and have their weights to themselves, each row rounded
-    by a scale of its own; and why those that are small are none, by their names."""
+    by a scale of its own; and why others are none, by their names."""
     users = Counter(id(value) for part in module.modules() for value in part.parameters(recurse=False))
-    found, small = [], {}
+    found, left = [], {}
     for name, part in module.named_modules():
         if not isinstance(part, torch.nn.Embedding):
             continue
         rows = part.weight.detach().float()
         if rows.numel() * rows.element_size() < least:
-            small[name] = f"an embedding of less than {least >> 20} MiB is not worth more operators"
-        elif part.max_norm is None and users[id(part.weight)] == 1:
+            left[name] = f"an embedding of less than {least >> 20} MiB is not worth more operators"
+        elif part.max_norm is not None:
+            left[name] = "it scales its rows when they are looked up"
+        elif users[id(part.weight)] > 1:
+            left[name] = "its weights are used elsewhere as well"
+        else:
             scale = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
             number = torch.round(rows / scale[:, None]).to(torch.int8)
             found.append(QuantizedTable(name, digest(rows.numpy()), number.numpy(), scale.numpy()))
-    return found, small
+    return found, left
 
 
 def departure(before: Answers, after: Answers) -> float:
@@ -206,8 +213,9 @@ def departure(before: Answers, after: Answers) -> float:
 def batches(model: Model, texts: Sequence[tuple[str, ...]]) -> Iterator[Text]:
     """Texts as tensors, the short ones together, cut to what the model takes."""
     order = sorted(range(len(texts)), key=lambda number: (sum(map(len, texts[number])), number))
-    for start in range(0, len(order), BATCH):
-        chosen = tuple(order[start : start + BATCH])
+    size = batch_size(model, BATCH)
+    for start in range(0, len(order), size):
+        chosen = tuple(order[start : start + size])
         arrays = together(model, [texts[number] for number in chosen])
         mask = torch.from_numpy(arrays["attention_mask"]).bool()
         inputs = {name: torch.from_numpy(value) for name, value in arrays.items()}

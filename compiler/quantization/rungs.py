@@ -19,22 +19,20 @@ COST: Mapping[str, int] = {"int8": 1, "bf16": 2, "fp32": 4}
 #: Measured with 1,024 rows of 384 and 1,536 channels on a CPU with VNNI; it orders plans, so it need not be exact.
 QUANTIZING: Mapping[str, int] = {"onnx": 80, "openvino": 40, "torchscript": 190}
 
-#: Figures of an answer's distance to the original's; the others are shares of texts.
-DISTANCES = ("cosine", "rank", "kl")
+#: Figures that grow with the error itself; shares of texts, and the largest departure, do with its root.
+DISTANCES = ("cosine", "rank", "kl", "noise")
 #: Trials whose figures say where the next is.
 GUESSES = 3
 
 
 @dataclass(frozen=True)
 class Rung:
-    """`out` are the layers that stay out of int8, of which those that `slow` names would save no time there. `cost` is the
-    plan's static cost: 1 would be all multiply-adds in int8 and inputs that are so already. `error` is the sum of the others'
-    errors: rounding noise adds up, nearly."""
+    """`out` are the layers that stay out of int8, of which those that `slow` names would save no time there. `error` is the
+    sum of the others' errors: rounding noise adds up, nearly."""
 
     number: int
     out: tuple[str, ...]
     int8: tuple[str, ...]
-    cost: float
     error: float
     slow: tuple[str, ...] = ()
 
@@ -62,7 +60,6 @@ def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[
                 number,
                 tuple(name for name in names if name in out),
                 tuple(name for name in names if name not in out),
-                cost(groups, rest, format, out),
                 math.fsum(group["error"] for group in order[left:]),
                 tuple(name for group in order[:slow] for name in group["names"]),
             )
@@ -71,7 +68,8 @@ def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[
 
 
 def cost(groups: Sequence[Mapping[str, Any]], rest: str, format: str, out: Collection[str]) -> float:
-    """The static cost of a plan that leaves layers `out`; of a group of which some stay in, each has its share."""
+    """The static cost of a plan that leaves layers `out`: 1 would be all multiply-adds in int8 and inputs that are so already.
+    Of a group of which some stay in, each has its share."""
     found = 0.0
     for group in groups:
         left = sum(name in out for name in group["names"]) / len(group["names"])
@@ -96,7 +94,7 @@ def room(check: Check) -> tuple[float, float]:
 
 def bearable(checks: Iterable[Check], error: float) -> float:
     """The error that a budget bears, as the figures at an error let expect: distances between answers grow with it, and the
-    share of texts whose answer changes with its root."""
+    share of texts whose answer changes, as the largest departure, with its root."""
     found = math.inf
     for check in checks:
         lost, allowed = room(check)

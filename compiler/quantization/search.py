@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Why layers are left out of a plan that was searched for, with their error, and embeddings.
 LAYER_LEFT = "the budget: it costs the most accuracy for the work that it saves (error {:.2g}, with the layers of its input)"
 TABLE_LEFT = "the budget: with it in int8 as well, the plan that was found misses it"
+# Figures of an output's elements in every sample, which only running all of them tells.
+ELEMENTS = ("max_abs", "noise")
 
 
 def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
@@ -46,15 +48,22 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     trials = _Trials(build, target, reference, calibrated, [replace(rung, out=rung.out + tables) for rung in rungs])
     if (named := spec.quantize.plan.get(target.format)) is not None:
         where = f"{spec}: quantize.plan.{target.format}"
-        trials.rungs = [_given(named, rungs[0], calibrated.info, where, rest, target.format)]
+        trials.rungs = [_given(named, rungs[0], calibrated.info, where)]
         found = 0 if trials.measure(0)[0] else None
     else:
         errors = [rung.error for rung in rungs]
         found = climb(errors, first(errors, build.predict().info["bears"]), trials.measure)
+        with_tables = None
         if found is not None and tables:
             # They take no time, so no layer leaves int8 for them.
             trials.rungs.append(replace(rungs[found], number=len(rungs), int8=rungs[found].int8 + tables))
-            found = len(rungs) if trials.measure(len(rungs))[0] else found
+            with_tables = len(rungs) if trials.measure(len(rungs))[0] else None
+        if with_tables is not None and trials.holds(with_tables):
+            found = with_tables
+        elif found is not None and not trials.holds(found):
+            # Seldom: its answers meet the budget, and the elements of some output do not.
+            trials.whole = True
+            found = climb(errors, found, trials.measure)
     if found is None:
         what = "no plan that was tried meets the budget" if named is None else "the plan in quantize.plan misses the budget"
         missed, closest = trials.closest()
@@ -78,7 +87,7 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     return {**known, "kept": {**calibrated.info["left"], **kept, **entry.info["left"]}, "ladder": trials.told}
 
 
-def _given(named: tuple[str, ...], first: Rung, known: Mapping[str, Any], where: str, rest: str, format: str) -> Rung:
+def _given(named: tuple[str, ...], first: Rung, known: Mapping[str, Any], where: str) -> Rung:
     """The plan that a user gives. It may name what is never in int8, as a manifest does, of `known` of the calibration."""
     layers = (*first.out, *first.int8)
     every = (*layers, *known["tables"])
@@ -89,8 +98,7 @@ def _given(named: tuple[str, ...], first: Rung, known: Mapping[str, Any], where:
         raise ConfigError(f"{where}: leaves no layer in int8; leave int8 out of targets: instead")
     out = tuple(name for name in every if name in named)
     inside = [group["error"] for group in known["groups"] if not set(group["names"]) <= set(named)]
-    work = cost(known["groups"], rest, format, out)
-    return Rung(0, out, tuple(name for name in every if name not in named), work, math.fsum(inside))
+    return Rung(0, out, tuple(name for name in every if name not in named), math.fsum(inside))
 
 
 class _Trials:
@@ -98,28 +106,31 @@ class _Trials:
 
     def __init__(self, build: Build, target: Target, reference: Entry, calibrated: Entry, rungs: list[Rung]) -> None:
         self.build, self.target, self.reference, self.calibrated, self.rungs = build, target, reference, calibrated, rungs
-        self.entries: dict[int, Entry] = {}
+        self.entries: dict[tuple[int, bool], Entry] = {}
+        # A limit of what is not an answer needs all samples. A default does not, whether it is given or not: what is found is
+        # held to those, and the cache's keys are of limits.
+        self.whole = bool({*ELEMENTS} & set(build.plan.spec.budget.departing().asked("int8")))
         self._tables = set(calibrated.info["tables"])
         self.told: list[dict[str, Any]] = []
         self._failed: list[tuple[float, str, int]] = []
 
     def measure(self, number: int) -> tuple[bool, float]:
         """Make a rung and measure its answers on validation text: the budget's verdict, and the error that it would bear."""
-        if number not in self.entries:
-            self.entries[number] = self._make(self.rungs[number])
-        entry, tried = self.entries[number], self.rungs[number]
-        self.build.check_limits(str(self.target), "int8", entry.info["outputs"])
-        limits = self.build.plan.spec.budget.limits("int8")
-        checks = judge(entry.info["outputs"], limits)
+        entry, tried = self._measured(number, self.whole), self.rungs[number]
+        self.build.check_limits(str(self.target), "int8", entry.info["outputs"], self._unmeasured)
+        checks = self._checks(entry)
         failed = [check for check in checks if not check.passed]
         figures = entry.info["outputs"].get("answers", {"figures": {}})["figures"]
         verdict = _missed(failed[0]) if failed else "passes"
+        # What a file holds: a layer that a format joins with one that is out is out as well.
+        inside, every = set(entry.info["int8"]), {*tried.int8, *tried.out}
+        rest = self.build.plan.rest_of(self.target)
         self.told.append(
             {
-                "int8": len(set(tried.int8) - self._tables),
-                "tables": len(set(tried.int8) & self._tables),
+                "int8": len(inside - self._tables),
+                "tables": len(inside & self._tables),
                 "out": list(tried.out),
-                "cost": tried.cost,
+                "cost": cost(self.calibrated.info["groups"], rest, self.target.format, every - inside),
                 "figures": {name: round(figure, 6) for name, figure in figures.items()},
                 "passed": not failed,
                 **({"missed": verdict} if failed else {}),
@@ -127,15 +138,23 @@ class _Trials:
         )
         shown = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         milliseconds = f", {entry.info['milliseconds'] / 1e3:.1f} s for all texts"
-        amount = self._amount(tried)
+        embeddings = " and embeddings" if inside & self._tables else ""
+        amount = f"{len(inside - self._tables)} of {len(every - self._tables)} layers{embeddings}"
         self.build.tell_rung(self.target, "tried", f"{amount} int8: {shown}{milliseconds}: {verdict}")
         if failed:
             self._failed.append(max((_miss(check), f"{amount}: {_text(check)}", number) for check in failed))
         return not failed, bearable(checks, tried.error)
 
-    def _amount(self, tried: Rung) -> str:
-        own, every = (len(set(names) - self._tables) for names in (tried.int8, (*tried.int8, *tried.out)))
-        return f"{own} of {every} layers{' and embeddings' if self._tables & set(tried.int8) else ''}"
+    def holds(self, number: int) -> bool:
+        """Whether a plan whose answers meet the budget does so in all samples as well."""
+        return all(check.passed for check in self._checks(self._measured(number, True)))
+
+    @property
+    def _unmeasured(self) -> tuple[str, ...]:
+        return () if self.whole else ELEMENTS
+
+    def _checks(self, entry: Entry) -> tuple[Check, ...]:
+        return judge(entry.info["outputs"], self.build.plan.spec.budget.limits("int8"))
 
     def closest(self) -> tuple[str, int]:
         """The plan that missed the least and by how much, and its number."""
@@ -146,7 +165,7 @@ class _Trials:
         """A plan, whose files are put into `out`, as the gate sees one."""
         entry = self.settled(number, out)
         artifact = replace(self.build.artifact(self.target, entry), ladder=tuple(self.told))
-        return self.build.judged(artifact, entry, self.entries[number].info["outputs"])
+        return self.build.judged(artifact, entry, self._measured(number, self.whole).info["outputs"], self._unmeasured)
 
     def settled(self, number: int, out: Path) -> Entry:
         """A plan, its files in `out`."""
@@ -154,13 +173,13 @@ class _Trials:
         info = self.build.run(settle, out, *arguments)
         return Entry(out, step.key, hash_folder(out), info)
 
-    def _make(self, tried: Rung) -> Entry:
-        # A limit of what is not an answer needs all samples. A default does not, whether it is given or not: the cache's keys
-        # are of limits.
-        whole = bool({"max_abs", "noise"} & set(self.build.plan.spec.budget.departing().asked("int8")))
-        step, arguments = self._step(tried, samples="all" if whole else "answers")
-        measured = (self.reference.root / SAMPLES, self.reference.root / REFERENCE, self.reference.info, whole)
-        return self.build.cached(step, lambda out: self.build.run(rung, out, *arguments, *measured))
+    def _measured(self, number: int, whole: bool) -> Entry:
+        if (number, whole) not in self.entries:
+            step, arguments = self._step(self.rungs[number], samples="all" if whole else "answers")
+            measured = (self.reference.root / SAMPLES, self.reference.root / REFERENCE, self.reference.info, whole)
+            made = self.build.cached(step, lambda out: self.build.run(rung, out, *arguments, *measured))
+            self.entries[number, whole] = made
+        return self.entries[number, whole]
 
     def _step(self, tried: Rung, **more: str) -> tuple[Step, tuple[Any, ...]]:
         """What a plan's figures are an entry of, and the arguments of `settle` for its files."""

@@ -389,7 +389,7 @@ def reference(
     if accurate:
         answering = {
             "task": task,
-            "pooling": pooling(snapshot),
+            "pooling": pooling(snapshot, task, options),
             "mask_token": model.tokenizer.mask_token_id,
             "problem": problem(model),
             "tags": tag_names(model),

@@ -44,7 +44,7 @@ def calibrate(
 
     model = _load(out, snapshot, task, options)
     samples, held = with_masks(model, samples), with_masks(model, held)
-    known = calibration.calibrate(out, model, samples, held, pooling(snapshot), bits)
+    known = calibration.calibrate(out, model, samples, held, pooling(snapshot, task, options), bits)
     if not known["groups"]:
         raise StageError("the model has no linear layer that int8 would make faster; leave int8 out of targets:")
     shaped = set(samples)
@@ -84,7 +84,7 @@ def predict(
     from compiler.quantization.layers import load as load_layers
 
     model = _load(out, snapshot, task, options)
-    how = pooling(snapshot)
+    how = pooling(snapshot, task, options)
     names = [name for group in groups for name in group["names"]]
     layers = load_layers(calibrated / LAYERS, names)
     emulation = calibration.Emulation(model.module, layers.by_name.values())
@@ -127,21 +127,22 @@ def rung(
     known: Mapping[str, Any],
     whole: bool,
 ) -> dict[str, Any]:
-    """Measure the answers of a plan: `outputs` as `validate` has them. Its files are made below `out` and not kept: most plans
-    that are tried are none that anybody needs, and `settle` makes the same again.
+    """Measure the answers of a plan: `outputs` as `validate` has them, and the names of what is `int8` in its files. These
+    are made below `out` and not kept: most plans that are tried are none that anybody needs, and `settle` makes the same
+    again.
 
     Of the one that is kept, `validate` runs all samples; `whole` does so of each, for limits of what is not an answer.
     """
-    settle(out, format, exported, calibrated, names, rest)
+    made = settle(out, format, exported, calibrated, names, rest)
     backend = BACKENDS[format]
     # Nobody hashes them; to open them, paths are enough.
     artifact = Artifact(format, "int8", tuple(File(path, "", 0) for path in backend.files("int8")), backend.runtime(rest), "")
     began = time.monotonic()
     outputs = validate(out, artifact, samples, reference, known, answers=not whole)
     spent = round(1e3 * (time.monotonic() - began), 1)
-    for made in out.iterdir():
-        remove(made)
-    return {"outputs": outputs, "milliseconds": spent}
+    for path in out.iterdir():
+        remove(path)
+    return {"outputs": outputs, "int8": sorted(made["int8"]), "milliseconds": spent}
 
 
 def settle(out: Path, format: str, exported: Path, calibrated: Path, names: Sequence[str], rest: Precision) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import compiler
-from compiler.accuracy import nearest
 from compiler.backends import BACKENDS
 from compiler.build import Build, Context, planned
 from compiler.cli import cli
@@ -198,7 +197,7 @@ def test_embeddings_are_int8_while_the_budget_holds(
         path = pipeline(tmp_path, checkpoint, release=release, targets={"openvino": ["int8"]}, **changes)
         return build_model(plan_model(read(path).models[0], tmp_path), context[0]).manifest.artifacts[0]
 
-    small = made("1.0.0")
+    small = made("1.0.0", budget={"int8": {**WIDE, "noise": 2}})
     assert small.int8[table] == "Gather i8"
     assert [(rung["passed"], table in rung["out"]) for rung in small.ladder] == [(True, True), (True, False)]
     cosines = [rung["figures"]["cosine"] for rung in small.ladder]
@@ -219,9 +218,9 @@ def test_embeddings_are_int8_while_the_budget_holds(
     ("task", "line", "named"),
     [
         ("question-answering", {"question": "Who?", "context": "{} and Ben.", "answers": ["Ben"]}, "exact_match"),
-        ("feature-extraction", {"text": "{} reads", "text_pair": "somebody reads", "score": 0.5}, "spearman"),
+        ("feature-extraction", {"text": "{} reads", "text_pair": "somebody reads", "score": "{}"}, "spearman"),
         ("text-classification", {"text": "{} reads", "label": 0}, "accuracy"),
-        ("token-classification", {"tokens": ["{}", "reads"], "tags": ["LABEL_1", 0]}, "f1"),
+        ("token-classification", {"tokens": ["{} ", "reads"], "tags": ["LABEL_1", 0]}, "f1"),
     ],
 )
 def test_the_tasks_own_metric(
@@ -233,7 +232,7 @@ def test_the_tasks_own_metric(
         "validation": {"path": "validation.jsonl"}, "calibration": {"path": "more.jsonl", "samples": 16}
     })  # fmt: skip
     for name, start in (("validation", 0), ("more", 20)):
-        lines = [json.dumps(line).replace("{}", f"number {start + row}", 1) for row in range(20)]
+        lines = [json.dumps(line).replace('"{}"', str(row)).replace("{}", f"number {start + row}", 1) for row in range(20)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     build = Build(plan_model(read(path).models[0], tmp_path), context[0])
     build.log.parent.mkdir(parents=True)
@@ -304,6 +303,51 @@ def test_a_limit_of_elements_shapes_the_search(
     assert passed.count(False) >= 1
 
 
+def test_what_is_found_is_held_to_every_sample(
+    tmp_path: Path, bert: Path, context: tuple[Context, list[Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that meet the budget are not all: where elements of another shape miss theirs, the search goes on. The default
+    limit of these may as well stand in pipeline.yaml."""
+    monkeypatch.setattr(search, "FASTER", 0.0)
+
+    def made(release: str, limit: float, **given: float) -> tuple[float, list[dict[str, Any]]]:
+        monkeypatch.setitem(DEFAULT_LIMITS, "int8", DEFAULT_LIMITS["int8"].model_copy(update={"noise": limit}))
+        path = pipeline(tmp_path, bert, release=release, budget={"int8": {**WIDE, **given}})
+        found = build_model(plan_model(read(path).models[0], tmp_path), context[0])
+        report = next(report for report in found.reports if report.precision == "int8")
+        return max(check.figure for check in report.checks if check.name == "noise"), [
+            dict(rung) for rung in found.manifest.artifacts[1].ladder
+        ]
+
+    figure, ladder = made("1.0.0", 0.5, noise=0.5)
+    assert [rung["passed"] for rung in ladder] == [True]
+    lower, climbed = made("1.0.1", figure / 2)
+    assert lower <= figure / 2
+    assert climbed[0] == ladder[0]
+    assert climbed[1]["missed"].startswith(f"noise misses {figure / 2:g} by ")
+    assert climbed[-1]["int8"] < ladder[0]["int8"]
+
+
+def test_the_ladder_counts_what_a_file_holds(
+    tmp_path: Path, bert: Path, context: tuple[Context, list[Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TorchScript joins queries with keys and values, which stay out with them."""
+    monkeypatch.setattr(search, "FASTER", 0.0)
+    parts = [f"encoder.layer.0.attention.self.{name}" for name in ("query", "key", "value")]
+
+    def made(release: str, named: list[str]) -> Artifact:
+        quantize = {"cpu": "avx2", "plan": {"torchscript": named}}
+        path = pipeline(tmp_path, bert, release=release, targets={"torchscript": ["fp32", "int8"]}, quantize=quantize)
+        return build_model(plan_model(read(path).models[0], tmp_path), context[0]).manifest.artifacts[1]
+
+    one, all_three = made("1.0.0", parts[:1]), made("1.0.1", parts)
+    assert one.ladder[0]["out"] == parts[:1]
+    assert not set(one.int8) & set(parts)
+    for found in (one, all_three):
+        assert found.ladder[0]["int8"] == len(found.int8) == 9
+        assert found.ladder[0]["cost"] == all_three.ladder[0]["cost"]
+
+
 @pytest.mark.parametrize(
     ("precision", "name", "there"), [("int8", "spans", "cosine, neighbours, rank"), ("fp32", "argmax", "cosine, max_abs")]
 )
@@ -312,7 +356,8 @@ def test_a_limit_of_what_has_no_figure(
 ) -> None:
     """Though it is the default: nobody would hold it."""
     limit = getattr(DEFAULT_LIMITS["int8"], name)
-    budget = {"int8": WIDE, precision: {**(WIDE if precision == "int8" else {}), name: limit}}
+    wide = {**WIDE, "cosine": 0.4}  # as no other test has it, whose result would be there
+    budget = {"int8": wide, precision: {**(wide if precision == "int8" else {}), name: limit}}
     message = error_line(command(pipeline(tmp_path, bert, budget=budget)))
     expected = f"tiny 1.0.0: budget.{precision}.{name}: openvino {precision} has no such figure with this task and this"
     assert expected in message
@@ -346,7 +391,7 @@ def test_a_search_that_was_killed_goes_on(
     ladder = release.manifest.artifacts[1].ladder
     assert killed.count("rung") == 2
     assert len(ladder) > 2
-    assert jobs.count("rung") == len(ladder) - 1
+    assert jobs.count("rung") == len(ladder)  # the first was there, and of what was found every sample is run as well
     assert {"reference", "calibrate", "predict", "export"}.isdisjoint(jobs)
 
 
@@ -478,4 +523,5 @@ def test_a_spoiled_calibration_is_never_shipped(
     rows = [compiler.pipeline("sentence-embedding", release, precision=precision)(texts) for precision in ("fp32", "int8")]
     before, after = (np.array(one, dtype=np.float64) for one in rows)
     assert (before * after).sum(axis=1).min() >= 0.98
-    assert (nearest(before) == nearest(after)).mean() >= 0.95
+    nearest = [(rows @ rows.T - 9 * np.eye(len(rows))).argmax(axis=1) for rows in (before, after)]
+    assert (nearest[0] == nearest[1]).mean() >= 0.95

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiler.quantization.rungs import COST, GUESSES, QUANTIZING, bearable, climb, first, ladder
+from compiler.quantization.rungs import COST, GUESSES, QUANTIZING, bearable, climb, cost, first, ladder
 from compiler.types import Check
 
 GROUPS: list[dict[str, Any]] = [
@@ -38,7 +38,7 @@ def test_layers_that_cost_most_for_their_work_leave_first() -> None:
 def test_static_cost(rest: str, format: str) -> None:
     """A layer in int8 costs its multiply-adds and the quantization of its input, one outside what its precision does."""
     inside = 1 + QUANTIZING[format] / 4000
-    assert [rung.cost for rung in ladder(GROUPS, rest, format)] == pytest.approx(
+    assert [cost(GROUPS, rest, format, rung.out) for rung in ladder(GROUPS, rest, format)] == pytest.approx(
         [inside, 0.75 * inside + 0.25 * COST[rest], 0.625 * inside + 0.375 * COST[rest], 0.5 * inside + 0.5 * COST[rest]],
         abs=1e-4,
     )

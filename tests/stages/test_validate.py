@@ -300,8 +300,9 @@ def test_an_artifact_of_another_model(bench: Bench, answers: Bench) -> None:
     ],
     ids=["nan", "nan, padded on the left", "turned round", "zeros, padded on the left", "moved by a token"],
 )
+@pytest.mark.parametrize("single", [False, True], ids=["every shape", "the smallest alone"])
 def test_int8_is_held_to_every_shape_and_padding(
-    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: str, spoil: Callable[[Any], Any]
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: str, spoil: Callable[[Any], Any], single: bool
 ) -> None:
     """Its answers come from batches that are padded on the right; what goes wrong elsewhere must not pass for that."""
     lines = [(" ".join(text for (text,) in TEXTS[FEATURES])[number:],) for number in range(20)]
@@ -309,12 +310,16 @@ def test_int8_is_held_to_every_shape_and_padding(
     cases = {case.inputs["input_ids"].tobytes() + case.mask.tobytes(): case for case in read_cases(tmp_path / SAMPLES, known)}
     model = load(bench.snapshot, FEATURES)
 
+    shapes = {name: min(case.shape for case in cases.values() if case.name == name) for name in (NONE, LEFT, TEXT)}
+
     def figures(wrong: str) -> list[Check]:
         def runner(inputs: Any) -> dict[str, Any]:
             outputs = run_eager(model, inputs)
             mask = inputs["attention_mask"].astype(bool)
-            name = cases[inputs["input_ids"].tobytes() + mask.tobytes()].name
-            return {key: spoil(value) for key, value in outputs.items()} if name == wrong else outputs
+            case = cases[inputs["input_ids"].tobytes() + mask.tobytes()]
+            if case.name != wrong or (single and case.shape != shapes[wrong]):
+                return outputs
+            return {key: spoil(value) for key, value in outputs.items()}
 
         backend = SimpleNamespace(open=lambda *_: runner)
         monkeypatch.setattr(stage, "BACKENDS", {"onnx": backend})
@@ -326,4 +331,6 @@ def test_int8_is_held_to_every_shape_and_padding(
     assert all(check.passed for check in figures("none"))
     failed = [check for check in figures(kind) if not check.passed]
     assert {check.name for check in failed} == {"noise"}
-    assert f"all samples with {kind} together" in failed[0].worst
+    assert f"samples with {kind}, " in failed[0].worst
+    assert len(shapes) == 3
+    assert not single or failed[0].worst.endswith(f", {'x'.join(map(str, shapes[kind]))}")
