@@ -275,10 +275,10 @@ class Build:
             ladder=tuple(info.get("ladder", ())),
         )
 
-    def side_by_side(self, work: Callable[[Target], Candidate | None]) -> list[Candidate]:
-        """Do the work for every target, formats side by side. The first error stops the others."""
+    def side_by_side(self, targets: Sequence[Target], work: Callable[[Target], Candidate | None]) -> list[Candidate]:
+        """Do the work for targets, formats side by side. The first error stops the others."""
         columns: dict[str, list[Target]] = {}
-        for target in self.plan.validates:
+        for target in targets:
             columns.setdefault(target.format, []).append(target)
         with ThreadPoolExecutor(max(1, self.context.jobs)) as pool:
             futures = [pool.submit(lambda column: [work(target) for target in column], column) for column in columns.values()]
@@ -335,7 +335,7 @@ class Build:
                 arguments = (artifact, plan.snapshot, plan.task, loaded.root / SAMPLES, loaded.info, self._load_options)
                 found = workers.run(blame, aside, candidate.entry.root, *arguments, log=self.log)
         except (CompileError, OSError) as error:
-            self._tell(step, "failed", started)
+            self._tell(step, "stopped" if workers.stopped() else "failed", started)
             reason = " ".join(str(error).split())
             return f"no layer is named ({reason})", {"error": reason}
         self._tell(step, "run", started)

@@ -47,7 +47,8 @@ def with_sentence_embedding(module: Any, snapshot: Snapshot) -> Any:
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             outputs = self.encoder(*args, **kwargs)
-            vectors = outputs["last_hidden_state"]
+            # In float32 whatever the encoder is in: a vector that is to have length 1 has it.
+            vectors = outputs["last_hidden_state"].float()
             for step in self.steps:
                 vectors = step(vectors, kwargs["attention_mask"])
             # A plain dict: transformers' own classes of outputs take no other names.
@@ -77,8 +78,8 @@ def _steps(snapshot: Snapshot) -> list[torch.nn.Module]:
             self.linear, self.activation = linear, activation
 
         def forward(self, vectors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = self.activation(self.linear(vectors))
-            return result
+            result: torch.Tensor = self.activation(self.linear(vectors.to(self.linear.weight.dtype)))
+            return result.float()
 
     names = {file.path for file in snapshot.files}
     if "modules.json" not in names:

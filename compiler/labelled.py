@@ -109,6 +109,8 @@ def _classified(line: Mapping[str, Any], where: str, config: Config) -> tuple[An
 def _labels(line: Mapping[str, Any], where: str, task: str, config: Config) -> Any:
     """What a line's label is: a set of names, of several only where the model gives several; a number for a regression."""
     value = line.get("label")
+    if value is None:
+        raise ConfigError(f"{where}: field 'label' is missing; a line for {task} is {LINES[task]}")
     if config.num_labels == 1:
         return finite_number(value, "label", where, LINES[task])
     several = config.problem_type == "multi_label_classification"

@@ -27,6 +27,8 @@ from compiler.types import HELD, LEAST_TEXTS, Precision, Snapshot, Target
 from compiler.workers import LOAD_THREADS, THREADS
 
 PACKAGE = Path(__file__).parent
+# How much of a text an error shows.
+SHOWN = 60
 # Text of the compiler's own, for a model whose user names none.
 BUILTIN_TEXT = PACKAGE / "data" / "validation.jsonl"
 # The same for what other tasks read.
@@ -414,7 +416,8 @@ def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: not UTF-8 text") from error
+        row = read.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{where}:{row}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     numbered = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
     lines = tuple(parse_line(line, task, f"{where}:{number}") for number, line in numbered)
     if not lines:
@@ -455,15 +458,17 @@ def read_calibration(named: CalibrationFile, task: str, folder: Path, validation
     distinct = {_content(line): line for line in reversed(texts.lines)}
     if both := sum(content in known for content in distinct):
         first = next(line for line in texts.lines if _content(line) in known)
+        shown = first[0] if len(first[0]) <= SHOWN else f"{first[0][:SHOWN]}…"
         raise ConfigError(
-            f"data.calibration: {path}: {both} of its texts are validation text too, the first is {first[0][:60]!r}; a check "
+            f"data.calibration: {path}: {both} of its texts are validation text too, the first is {shown!r}; a check "
             "on text that shaped the model says nothing: take them out of one of the two"
         )
     lines = sorted(distinct.values(), key=lambda line: hashlib.sha256(f"{named.seed} {_content(line)}".encode()).digest())
     if len(lines) < named.samples:
+        less = ", or lower samples:" if len(lines) >= LEAST_TEXTS else f", {LEAST_TEXTS} at least"
         raise ConfigError(
             f"data.calibration: {path}: holds {len(lines)} different texts and samples: asks for {named.samples}; give more "
-            "text, or lower samples:"
+            f"text{less}"
         )
     held = lines[named.samples :][:HELD]
     apart = len(held) == HELD

@@ -400,6 +400,8 @@ def find_original(
         if "pinned" in text:
             raise SourceError(f"{uri}: is not the checkpoint that this release was made from; give --source") from error
         hint = "" if "--allow-pickle" in text or source is not None else "; give --source, where the checkpoint is now"
+        if hint and uri.startswith("path:") and not Path(uri.removeprefix("path:")).is_absolute():
+            hint += ", or --folder, where pipeline.yaml's paths start, if the command has it"
         raise SourceError(f"{text}{hint}") from error
     if more := sorted({file.path for file in snapshot.files} - set(pins)):
         raise SourceError(f"{uri}: has {', '.join(more)}, which the release was not made from; give --source")

@@ -164,6 +164,23 @@ def test_it_is_in_every_format_and_padding_costs_nothing(write: Write, tmp_path:
         np.testing.assert_allclose(np.linalg.norm(made["sentence_embedding"], axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("following", [("Normalize",), ("Dense", "Normalize")])
+def test_vectors_of_length_1_have_it_in_bf16(write: Write, tmp_path: Path, following: tuple[str, ...]) -> None:
+    """Who compares them by their dot product takes another for the nearest otherwise."""
+    (tmp_path / "out").mkdir()
+    folder = write({"pooling_mode": "cls"}, *following)
+    options = {"sentence_embedding": True}
+    export(tmp_path / "out", Target("torchscript", "bf16"), snapshot(folder), "feature-extraction", options, None)
+    backend = BACKENDS["torchscript"]
+    files = hash_folder(tmp_path / "out")
+    run = backend.open(tmp_path / "out", Artifact("torchscript", "bf16", files, backend.runtime("bf16"), ""), 1)
+    model = loaded(folder)
+    for given in (inputs(model), {name: value[:1, :4] for name, value in inputs(model).items()}):
+        made, expected = (side["sentence_embedding"] for side in (run(given), run_eager(model, given)))
+        np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, atol=1e-6)
+        np.testing.assert_allclose(made, expected, atol=0.05)
+
+
 def test_the_architecture_is_still_the_encoder(write: Write) -> None:
     assert type(loaded(write({"pooling_mode_mean_tokens": True})).module).__name__ == "BertModel"
 

@@ -181,7 +181,12 @@ LINE = {"text": "a", "label": "LABEL_1"}
         ),
         ("classes", "text-classification", [{**LINE, "label": 9}], ":1: the model knows no label 9"),
         ("classes", "text-classification", [{**LINE, "label": True}], ":1: the model knows no label True"),
-        ("classes", "text-classification", [{"text": "a"}], ":1: the model knows no label None"),
+        (
+            "classes",
+            "text-classification",
+            [{"text": "a"}],
+            ":1: field 'label' is missing; a line for text-classification is ",
+        ),
         ("classes", "text-classification", [{**LINE, "label": ["LABEL_1"]}], ":1: has a list of labels"),
         ("classes", "text-classification", [{**LINE, "text": ""}], ":1: field 'text' is missing, empty"),
         ("classes", "text-classification", [LINE, [1]], ":2: not a JSON object"),

@@ -218,7 +218,9 @@ def test_int8_for_another_kind_of_cpu(bert: Path, tmp_path: Path, monkeypatch: p
 
 def test_too_few_different_texts(tmp_path: Path) -> None:
     named = calibration_file(tmp_path, [f"text {number % 15}" for number in range(40)])
-    assert "holds 15 different texts and samples: asks for 16; give more text, or lower samples:" in refused(tmp_path, named)
+    assert "holds 15 different texts and samples: asks for 16; give more text, 16 at least" in refused(tmp_path, named)
+    seventeen = calibration_file(tmp_path, [f"text {number}" for number in range(17)]).model_copy(update={"samples": 18})
+    assert refused(tmp_path, seventeen).endswith("asks for 18; give more text, or lower samples:")
     assert calibration_file(tmp_path, [f"text {number % 16}" for number in range(40)]) == named
     assert len(read_calibration(named, "feature-extraction", tmp_path, VALIDATION).samples) == 16
 
@@ -228,8 +230,8 @@ def test_calibration_text_that_cannot_be_read(tmp_path: Path) -> None:
     assert refused(tmp_path, named).endswith("cannot be read (No such file or directory)")
     (tmp_path / "c.jsonl").write_text("\n \n")
     assert refused(tmp_path, named).endswith("holds no line; give one JSON object a line")
-    (tmp_path / "c.jsonl").write_bytes(b'{"text": "\xff"}\n')
-    assert refused(tmp_path, named).endswith("not UTF-8 text")
+    (tmp_path / "c.jsonl").write_bytes(b'\n{"text": "\xff"}\n')
+    assert refused(tmp_path, named).endswith("c.jsonl:2: not UTF-8 text (byte 11); save it as UTF-8")
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:

@@ -330,7 +330,7 @@ def _attention(plan: _Plan, choice: Node) -> None:
         return
     source, reshape = product.inputs[0], shaped.producer()
     sizes = _sizes(split, product.outputs[0])
-    if source is None or reshape is None or not _is(reshape, "Reshape") or _root(shaped) is not source:
+    if source is None or reshape is None or not _is(reshape, "Reshape") or _root(shaped) is not _root(source):
         return
     if len(sizes) != 3 or len({*sizes, weights.const_value.shape[0] if weights.const_value else 0}) != 1:
         return  # `[batch, sequence, in]` is their shape as well

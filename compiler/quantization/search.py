@@ -18,6 +18,7 @@ from compiler.numerics import judge
 from compiler.quantization.rungs import Rung, bearable, climb, cost, first, ladder, room
 from compiler.stages.load import REFERENCE, SAMPLES
 from compiler.stages.quantize import CLOSE, FASTER, LOOKS, faster, rung, settle, times_as_fast
+from compiler.stages.validate import validate
 from compiler.store import Entry, Step
 from compiler.types import Check, Target
 
@@ -69,8 +70,8 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
         missed, closest = trials.closest()
         verdict = build.reject(reference, trials.candidate(closest, out))
         raise NumericsError(
-            f"{spec}: {target}: {what}; the closest has {missed}; {verdict}; nothing is released, that one is in "
-            f"{build.folder / 'failed'}; widen budget.int8 if you accept it, give more calibration text such as the "
+            f"{spec}: {target}: {what}; the closest has {missed}; {trials.without() or verdict}; nothing is released, that "
+            f"one is in {build.folder / 'failed'}; widen budget.int8 if you accept it, give more calibration text such as the "
             "model will see, or leave int8 out of targets:"
         )
     entry = trials.settled(found, out)
@@ -119,7 +120,7 @@ class _Trials:
         entry, tried = self._measured(number, self.whole), self.rungs[number]
         self.build.check_limits(str(self.target), "int8", entry.info["outputs"], self._unmeasured)
         checks = self._checks(entry)
-        failed = [check for check in checks if not check.passed]
+        failed = sorted((check for check in checks if not check.passed), key=_miss, reverse=True)
         figures = entry.info["outputs"].get("answers", {"figures": {}})["figures"]
         verdict = _missed(failed[0]) if failed else "passes"
         # What a file holds: a layer that a format joins with one that is out is out as well.
@@ -152,6 +153,19 @@ class _Trials:
     @property
     def _unmeasured(self) -> tuple[str, ...]:
         return () if self.whole else ELEMENTS
+
+    def without(self) -> str:
+        """Half a sentence on what is lost without any int8 layer; empty where the budget bears it."""
+        rest = self.build.plan.rest_of(self.target)
+        other = Target(self.target.format, rest, self.target.opset)
+        exported = self.build.export(other)
+        samples = (self.reference.root / SAMPLES, self.reference.root / REFERENCE, self.reference.info)
+        outputs = self.build.run(validate, exported.root, self.build.artifact(other, exported), *samples, True)
+        failed = [check for check in judge(outputs, self.build.plan.spec.budget.limits("int8")) if not check.passed]
+        if not failed:
+            return ""
+        hint = "; quantize: {cpu: avx512_vnni} keeps what is not int8 in fp32" if rest == "bf16" else ""
+        return f"{rest} alone, without an int8 layer, has {_text(max(failed, key=_miss))}{hint}"
 
     def _checks(self, entry: Entry) -> tuple[Check, ...]:
         return judge(entry.info["outputs"], self.build.plan.spec.budget.limits("int8"))
@@ -197,7 +211,7 @@ class _Trials:
 
 
 def _missed(check: Check) -> str:
-    return f"{check.name} misses {check.limit:g} by {abs(check.figure - check.limit):.2g}"
+    return f"{check.name} misses {check.limit:.9g} by {abs(check.figure - check.limit):.2g}"
 
 
 def _miss(check: Check) -> float:
@@ -207,7 +221,7 @@ def _miss(check: Check) -> float:
 
 
 def _text(check: Check) -> str:
-    return f"{check.name} {check.figure:.6g}, its limit is {check.limit:g}, missed by {abs(check.figure - check.limit):.2g}"
+    return f"{check.name} {check.figure:.9g}, its limit is {check.limit:.9g}, missed by {abs(check.figure - check.limit):.2g}"
 
 
 def _slower(build: Build, target: Target, reference: Entry, made: Entry) -> str:

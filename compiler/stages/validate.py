@@ -16,7 +16,7 @@ from compiler.workers import THREADS
 
 
 def validate(
-    root: Path, artifact: Artifact, samples: Path, reference: Path, known: Mapping[str, Any], *, answers: bool = False
+    root: Path, artifact: Artifact, samples: Path, reference: Path, known: Mapping[str, Any], answers: bool = False
 ) -> dict[str, Any]:
     """The figures of an artifact over every sample, by output (see `compiler.numerics.compare`).
 
@@ -24,7 +24,7 @@ def validate(
         root: where the artifact's files are.
         samples, reference: the files of those names that `compiler.stages.load.reference` wrote.
         known: what that stage returned.
-        answers: of an int8 artifact, look at the answers to the validation text alone.
+        answers: look at the answers to the validation text alone, which of others than int8 artifacts are not looked at.
 
     Raises:
         NumericsError: the file does not open, does not run, or its outputs are not the original's.
@@ -40,7 +40,7 @@ def validate(
     except Exception as error:
         raise NumericsError(f"{where}: the file does not open in its runtime: {brief(error)}") from error
 
-    int8 = artifact.precision == "int8"
+    int8 = artifact.precision == "int8" or answers
     texts = Answering(known.get("answering"))
     pairs: dict[str, list[Pair]] = {tensor.name: [] for tensor in tensors}
     for number, case in enumerate(read_cases(samples, known)):

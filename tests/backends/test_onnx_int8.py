@@ -23,9 +23,10 @@ from compiler.fusions import onnx_int8
 from compiler.quantization.layers import NO_TABLE, Layers, QuantizedLinear, digest
 from compiler.stages.load import run_eager
 from compiler.types import Model, Target
-from tests.backends.conftest import export
+from tests.backends.conftest import export, load_checkpoint
 from tests.debian import MISSING, environment, program
 from tests.quantization.formula import formula, rows_of, widened, with_rows
+from tests.zoo import save_checkpoint
 
 Array = np.ndarray[Any, Any]
 FILE = "onnx/model_quantized.onnx"
@@ -66,6 +67,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory, model: Model) -> Path:
 
 @pytest.fixture(scope="module")
 def layers(model: Model) -> list[QuantizedLinear]:
+    return plan(model)
+
+
+def plan(model: Model) -> list[QuantizedLinear]:
     """All layers, smoothed but for the feed-forward's second; those of one input have scale and factors in common."""
     generator = np.random.default_rng(3)
     inputs: dict[str, Array] = {}
@@ -103,6 +108,22 @@ def batch(mask: Iterable[Iterable[int]]) -> dict[str, Array]:
     flags = np.array(list(map(list, mask)), dtype=np.int64)
     ids = np.random.default_rng(flags.size).integers(5, 30, flags.shape)
     return {"input_ids": ids, "attention_mask": flags, "token_type_ids": np.zeros_like(flags)}
+
+
+def test_attention_behind_a_projection_of_embeddings(tmp_path: Path) -> None:
+    """ELECTRA's, where these are narrower than the encoder: what is given to the first attention comes by way of a reshape."""
+    model = load_checkpoint(save_checkpoint(tmp_path / "narrow", "electra", embedding_size=16))
+    (tmp_path / "fp32").mkdir()
+    export(backend, tmp_path / "fp32", model, Target("onnx", "fp32"))
+    given = {name: value.numpy() for name, value in model.example.items()}
+    found = plan(model)
+    known = backend.quantize(tmp_path, tmp_path / "fp32", Layers(found), "fp32")
+    assert known["left"] == {}
+    assert set(known["int8"]) == {layer.name for layer in found}
+    for inputs in (given, {**given, "attention_mask": np.ones_like(given["attention_mask"])}):
+        real = inputs["attention_mask"].astype(bool)
+        expected = run_eager(rounded_by(model, found), inputs)["last_hidden_state"]
+        assert np.median(np.abs(answer(tmp_path / FILE, inputs) - expected)[real]) < 1e-5
 
 
 BATCHES = {

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import compiler
+from compiler import cpu
 from compiler.backends import BACKENDS
 from compiler.build import Build, Context, planned
 from compiler.cli import cli
@@ -269,18 +270,46 @@ def test_what_happens_to_the_users_text_is_told(tmp_path: Path, bert: Path, cont
 
 
 def test_a_budget_that_nothing_meets(command: Command, tmp_path: Path, bert: Path) -> None:
-    path = pipeline(tmp_path, bert, budget={"int8": {**WIDE, "cosine": 1}})
+    path = pipeline(tmp_path, bert, budget={"int8": {**WIDE, "cosine": 0.99999999}})
     result = command(path)
-    assert re.search(r": cosine misses 1 by (0\.0*)?[1-9]\S*$", result.stderr, re.MULTILINE)
+    assert re.search(r": cosine misses 0\.99999999 by (0\.0*)?[1-9]\S*$", result.stderr, re.MULTILINE)
     message = error_line(result)
     assert "tiny 1.0.0: openvino int8: no plan that was tried meets the budget; the closest has " in message
-    assert re.search(r"has \d+ of 12 layers: cosine [01](\.9\d+)?, its limit is 1, missed by (0\.0*)?[1-9]", message)
+    assert re.search(r"has \d+ of 12 layers: cosine 0\.9\d+, its limit is 0\.99999999, missed by (0\.0*)?[1-9]", message)
     assert re.search(r"; (first departs at|no layer departs on) ", message)
     assert not (tmp_path / "artifacts/tiny").exists()
     failed = next((tmp_path / "artifacts").rglob("failed"))
     kept = json.loads((failed / "openvino_int8.json").read_bytes())
     assert (failed / "openvino/openvino_model_qint8_quantized.xml").is_file()
     assert kept["blame"]["layers"] and kept["artifact"]["ladder"]
+
+
+def test_what_fails_without_int8_ends_the_build_before(command: Command, tmp_path: Path, bert: Path) -> None:
+    path = pipeline(tmp_path, bert, budget={"fp32": {"max_abs": 1e-12}, "int8": WIDE})
+    result = command(path)
+    assert "tiny 1.0.0: openvino fp32: max_abs is " in error_line(result)
+    assert "validate openvino fp32" in result.stderr
+    assert not re.search("calibrate|quantize", result.stderr)
+
+
+def test_a_budget_that_is_missed_without_int8(command: Command, tmp_path: Path, bert: Path) -> None:
+    """int8 is not what is to blame then."""
+    path = pipeline(
+        tmp_path,
+        bert,
+        targets={"torchscript": ["int8"]},
+        budget={"int8": {**WIDE, "cosine": 0.9999999}},
+        quantize={"cpu": "native"},
+    )
+    message = error_line(command(path))
+    if cpu.has(cpu.FAST_ON["bf16"]):
+        missed = (
+            r"; bf16 alone, without an int8 layer, has cosine 0\.99\d+, its limit is 0\.9999999, missed by \S+; quantize: "
+        )
+        assert re.search(missed + r"\{cpu: avx512_vnni\} keeps what is not int8 in fp32; nothing is released", message)
+    else:
+        assert "alone" not in message
+    assert "alone" not in error_line(command(pipeline(tmp_path, bert, budget={"int8": {**WIDE, "cosine": 0.9999999}})))
 
 
 def test_a_limit_of_elements_shapes_the_search(
@@ -324,7 +353,7 @@ def test_what_is_found_is_held_to_every_sample(
     lower, climbed = made("1.0.1", figure / 2)
     assert lower <= figure / 2
     assert climbed[0] == ladder[0]
-    assert climbed[1]["missed"].startswith(f"noise misses {figure / 2:g} by ")
+    assert climbed[1]["missed"].startswith(f"noise misses {figure / 2:.9g} by ")
     assert climbed[-1]["int8"] < ladder[0]["int8"]
 
 
