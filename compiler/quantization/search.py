@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,14 +42,17 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
         SlowError: int8 is not faster than the next precision.
     """
     spec, plan = build.plan.spec, build.plan
-    reference, calibrated = build.load(), build.calibrate()
+    reference = build.load()
+    named = spec.quantize.plan.get(target.format)
+    if named is not None:
+        _check_named(named, reference.info["layers"], f"{spec}: quantize.plan.{target.format}")
+    calibrated = build.calibrate()
     groups, rest = calibrated.info["groups"], plan.rest_of(target)
     tables = tuple(calibrated.info["tables"])
     rungs = ladder(groups, rest, target.format)
     trials = _Trials(build, target, reference, calibrated, [replace(rung, out=rung.out + tables) for rung in rungs])
-    if (named := spec.quantize.plan.get(target.format)) is not None:
-        where = f"{spec}: quantize.plan.{target.format}"
-        trials.rungs = [_given(named, rungs[0], calibrated.info, where)]
+    if named is not None:
+        trials.rungs = [_given(named, rungs[0], calibrated.info, f"{spec}: quantize.plan.{target.format}")]
         found = 0 if trials.measure(0)[0] else None
     else:
         errors = [rung.error for rung in rungs]
@@ -88,13 +91,17 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     return {**known, "kept": {**calibrated.info["left"], **kept, **entry.info["left"]}, "ladder": trials.told}
 
 
+def _check_named(named: tuple[str, ...], layers: Sequence[str], where: str) -> None:
+    """Before anything takes long: a plan may name what is never in int8, as a manifest does, and nothing that is no layer."""
+    if unknown := [name for name in named if name not in layers]:
+        hint = meant(unknown[0], layers, f"there are {', '.join(layers[:4])} …", cutoff=0.9)
+        raise ConfigError(f"{where}: {unknown[0]} is no layer that can be int8; {hint}")
+
+
 def _given(named: tuple[str, ...], first: Rung, known: Mapping[str, Any], where: str) -> Rung:
-    """The plan that a user gives. It may name what is never in int8, as a manifest does, of `known` of the calibration."""
+    """The plan that a user gives, of what is `known` of the calibration."""
     layers = (*first.out, *first.int8)
     every = (*layers, *known["tables"])
-    if unknown := [name for name in named if name not in every and name not in known["left"]]:
-        hint = meant(unknown[0], every, f"there are {', '.join(every[:4])} …", cutoff=0.9)
-        raise ConfigError(f"{where}: {unknown[0]} is no layer that can be int8; {hint}")
     if set(layers) <= set(named):
         raise ConfigError(f"{where}: leaves no layer in int8; leave int8 out of targets: instead")
     out = tuple(name for name in every if name in named)

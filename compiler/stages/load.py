@@ -330,6 +330,14 @@ def _counted(model: Model, case: Case, left: Mapping[str, np.ndarray[Any, Any]])
     return counts
 
 
+def quantizable(model: Model) -> list[str]:
+    """The names of the linear layers and embeddings, of which some may be int8."""
+    import torch
+
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    return [name for name, part in model.module.named_modules() if isinstance(part, kinds)]
+
+
 def reference(
     out: Path,
     snapshot: Snapshot,
@@ -405,6 +413,7 @@ def reference(
         "cases": [_described(case) for case in counted],
         "keep": keep,
         "answering": answering,
+        "layers": quantizable(model) if accurate else [],
         "labels": told,
         "left_out": list(model.left_out),
         "note": made.note,

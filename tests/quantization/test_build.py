@@ -106,13 +106,21 @@ def test_a_plan_of_the_users_own(
     assert [rung["out"] for rung in made.ladder] == [[named]]
     again = Build(plan_model(read(path).models[0], tmp_path), context[0])
     assert again.recall()  # no step that never runs is waited for
-    for wrong, hint in (("encoder.layer.9", "there are "), ("encoder.layer.0.output.dens", f"did you mean {named!r}?")):
+
+
+def test_a_plan_with_what_is_no_layer(tmp_path: Path, bert: Path, context: tuple[Context, list[Event]]) -> None:
+    """Told before anything takes long."""
+    for wrong, hint in (
+        ("encoder.layer.9", "there are "),
+        ("encoder.layer.0.output.dens", "did you mean 'encoder.layer.0.output.dense'?"),
+    ):
         path = pipeline(tmp_path, bert, release="1.0.1", quantize={"cpu": "avx2", "plan": {"openvino": [wrong]}})
         with pytest.raises(ConfigError) as caught:
             build_model(plan_model(read(path).models[0], tmp_path), context[0])
         assert str(caught.value).startswith(
             f"tiny 1.0.1: quantize.plan.openvino: {wrong} is no layer that can be int8; {hint}"
         )
+    assert not [event for event in context[1] if event.step == "calibrate"]
 
 
 def test_where_a_search_starts(tmp_path: Path, bert: Path, context: tuple[Context, list[Event]]) -> None:
