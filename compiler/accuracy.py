@@ -192,7 +192,7 @@ def figures(
         found["cosine"] = float(cosine(before, after).min())
         similar, since = before @ before.T, after @ after.T
         # What the model itself takes for the same text says nothing: it stays the same, and the nearest, in any file.
-        told = similar < 1 - TIE
+        told = (similar < 1 - TIE) & ~np.eye(len(similar), dtype=bool)
         if (some := told.any(axis=1)).sum() >= LEAST_TEXTS:
             found["neighbours"] = _as_near(np.where(told, similar, -np.inf)[some], np.where(told, since, -np.inf)[some])
             upper: Array = np.triu(told, 1)

@@ -120,6 +120,7 @@ class _Trials:
         self.whole = bool({*ELEMENTS} & set(build.plan.spec.budget.departing().asked("int8")))
         self._tables = set(calibrated.info["tables"])
         self.told: list[dict[str, Any]] = []
+        self._rows: dict[int, dict[str, Any]] = {}
         self._failed: list[tuple[float, str, int]] = []
 
     def measure(self, number: int) -> tuple[bool, float]:
@@ -133,17 +134,16 @@ class _Trials:
         # What a file holds: a layer that a format joins with one that is out is out as well.
         inside, every = set(entry.info["int8"]), {*tried.int8, *tried.out}
         rest = self.build.plan.rest_of(self.target)
-        self.told.append(
-            {
-                "int8": len(inside - self._tables),
-                "tables": len(inside & self._tables),
-                "out": list(tried.out),
-                "cost": cost(self.calibrated.info["groups"], rest, self.target.format, every - inside),
-                "figures": {name: round(figure, 6) for name, figure in figures.items()},
-                "passed": not failed,
-                **({"missed": verdict} if failed else {}),
-            }
-        )
+        self._rows[number] = {
+            "int8": len(inside - self._tables),
+            "tables": len(inside & self._tables),
+            "out": list(tried.out),
+            "cost": cost(self.calibrated.info["groups"], rest, self.target.format, every - inside),
+            "figures": {name: round(figure, 6) for name, figure in figures.items()},
+            "passed": not failed,
+            **({"missed": verdict} if failed else {}),
+        }
+        self.told.append(self._rows[number])
         shown = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         milliseconds = f", {entry.info['milliseconds'] / 1e3:.1f} s for all texts"
         embeddings = " and embeddings" if inside & self._tables else ""
@@ -154,8 +154,13 @@ class _Trials:
         return not failed, bearable(checks, tried.error)
 
     def holds(self, number: int) -> bool:
-        """Whether a plan whose answers meet the budget does so in all samples as well."""
-        return all(check.passed for check in self._checks(self._measured(number, True)))
+        """Whether a plan whose answers meet the budget does so in all samples as well; where not, that is told."""
+        failed = [check for check in self._checks(self._measured(number, True)) if not check.passed]
+        if failed:
+            row, verdict = self._rows[number], _missed(max(failed, key=_miss))
+            row |= {"passed": False, "missed": verdict}
+            self.build.tell_rung(self.target, "tried", f"{row['int8']} layers int8, in every sample: {verdict}")
+        return not failed
 
     @property
     def _unmeasured(self) -> tuple[str, ...]:

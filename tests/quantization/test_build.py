@@ -360,9 +360,11 @@ def test_what_is_found_is_held_to_every_sample(
     assert [rung["passed"] for rung in ladder] == [True]
     lower, climbed = made("1.0.1", figure / 2)
     assert lower <= figure / 2
-    assert climbed[0] == ladder[0]
-    assert climbed[1]["missed"].startswith(f"noise misses {figure / 2:.9g} by ")
-    assert climbed[-1]["int8"] < ladder[0]["int8"]
+    missed = climbed[0]["missed"]
+    assert missed.startswith(f"noise misses {figure / 2:.9g} by ")
+    assert climbed[0] == {**ladder[0], "passed": False, "missed": missed}
+    assert any(event.detail.endswith(f" layers int8, in every sample: {missed}") for event in context[1])
+    assert 0 < max(rung["int8"] for rung in climbed if rung["passed"]) < ladder[0]["int8"]
 
 
 def test_the_ladder_counts_what_a_file_holds(
