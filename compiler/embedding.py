@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from compiler.errors import SourceError
-from compiler.pooling import POOLING, modes
+from compiler.pooling import NO_WORK, POOLING, modes
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +94,8 @@ def _steps(snapshot: Snapshot) -> list[torch.nn.Module]:
             steps.append(Step(_pool(_modes(_settings(snapshot, folder), f"{folder}/config.json"))))
         elif kind == "Normalize":
             steps.append(Step(lambda vectors, mask: torch.nn.functional.normalize(vectors, dim=-1)))
+        elif kind in NO_WORK:
+            continue
         elif kind == "Dense" and f"{folder}/model.safetensors" in names:
             steps.append(Dense(*_dense(snapshot, folder)))
         else:
@@ -122,8 +124,10 @@ def _settings(snapshot: Snapshot, folder: str) -> dict[str, Any]:
 
 def _modes(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     named = modes(config)
-    if unknown := [mode for mode in named if mode not in POOLING or mode == "weightedmean"]:
-        raise SourceError(f"{where}: pooling {', '.join(unknown)} is not known here; leave sentence_embedding out")
+    unknown = [mode for mode in named if mode not in POOLING or mode == "weightedmean"]
+    if unknown or not named:
+        said = ", ".join(unknown) or "by nothing"
+        raise SourceError(f"{where}: pooling {said} is not known here; leave sentence_embedding out")
     if config.get("include_prompt") is False:
         raise SourceError(
             f"{where}: leaves a prompt out of the pooling, which no graph knows of; leave sentence_embedding out"

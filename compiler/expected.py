@@ -40,28 +40,31 @@ def expected(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> 
     config: Any = model.module.config
     kind = problem(model)
     if model.task == "feature-extraction" or (kind == "regression" and config.num_labels == 1):
-        return _varied([[_number(line, label, model.task)] for line, label in labels], labels, model.task)
+        return [_number(line, label, model.task) for line, label in labels]
     if kind == "regression":
-        return _varied([_numbers(line, label, config.num_labels) for line, label in labels], labels, model.task)
+        return [_numbers(line, label, config.num_labels) for line, label in labels]
     names = config.id2label
     if kind == CHOICE:
         return [_label(line, label, names) for line, label in labels]
     return [[_label(line, one, names) for one in (label if isinstance(label, list) else [label])] for line, label in labels]
 
 
+def check_evidence(model: Model, told: Sequence[Any], line: int) -> None:
+    """Raise ConfigError where nothing that is expected, as `expected` has it, could be lost. `line` is the first."""
+    if model.task == "token-classification":
+        if all(tag == OUTSIDE for text in told for tag in text["tags"]):
+            raise ConfigError(f"data.validation:{line}: no line has a tag but {OUTSIDE}, and F1 is of entities; give some")
+    elif model.task == "feature-extraction" or problem(model) == "regression":
+        columns = zip(*(one if isinstance(one, list) else [one] for one in told), strict=True)
+        if any(len(set(column)) == 1 for column in columns):
+            raise ConfigError(
+                f"data.validation:{line}: every line has the same {EXPECTED[model.task]}, and Spearman's correlation is of "
+                "different ones; give some"
+            )
+
+
 def _number(line: int, value: Any, task: str) -> float:
     return finite_number(value, EXPECTED[task], f"data.validation:{line}", LINES[task])
-
-
-def _varied(rows: Sequence[Sequence[float]], labels: Labels, task: str) -> list[Any]:
-    """The numbers of each line; of one, that. Rank correlation is of what differs."""
-    if any(len(set(column)) == 1 for column in zip(*rows, strict=True)):
-        name = EXPECTED[task]
-        raise ConfigError(
-            f"data.validation:{labels[0][0]}: every line has the same {name}, and Spearman's correlation is of different "
-            "ones; give some"
-        )
-    return [row[0] if len(row) == 1 else row for row in rows]
 
 
 def _label(line: int, value: Any, names: Mapping[int, str]) -> int:
@@ -110,7 +113,7 @@ def _tagged(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> I
     the tokenizer."""
     _check_fast(model, labels[0][0], "tags")
     config: Any = model.module.config
-    before, seen = 0, {OUTSIDE}
+    before = 0
     for (text,), (line, tags) in zip(lines, labels, strict=True):
         if not isinstance(text, Words):
             raise ConfigError(
@@ -127,7 +130,4 @@ def _tagged(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> I
                 first.setdefault(word, place)
         before += len(encoded["input_ids"])
         names = [str(config.id2label[_label(line, tag, config.id2label)]) for tag in tags]
-        seen.update(names)
         yield {"places": [first.get(word, -1) for word in range(len(words))], "tags": names}
-    if seen == {OUTSIDE}:
-        raise ConfigError(f"data.validation:{labels[0][0]}: no line has a tag but {OUTSIDE}, and F1 is of entities; give some")

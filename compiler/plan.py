@@ -20,6 +20,7 @@ from compiler.errors import ConfigError
 from compiler.hashing import digest, file_sha256, hash_files
 from compiler.manifest import differences
 from compiler.modalities import MODALITIES
+from compiler.samples import MAX_ACCURACY_LINES
 from compiler.sources import infer_task
 from compiler.store import Step, Store
 from compiler.tasks import EXPECTED, FILES, TASKS, Words, parse_line, parse_pair, read_label
@@ -259,13 +260,14 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             f"{spec}: sentence_embedding: is an output of feature-extraction, and the task is {task}; leave it out"
         )
     texts = read_texts(spec, task, folder)
-    _check_cpu(spec)
     accurate = any(target.precision == "int8" for target in spec.targets.list())
     if accurate and TASKS[task].modality != "text":
         raise ConfigError(f"{spec}: int8 is made of models of text, and the task is {task}; leave int8 out of targets:")
-    if accurate and (count := len({_content(line) for line in texts.lines})) < LEAST_TEXTS:
+    among = f" among the first {MAX_ACCURACY_LINES}" if len(texts.lines) > MAX_ACCURACY_LINES else ""
+    if accurate and (count := len({_content(line) for line in texts.lines[:MAX_ACCURACY_LINES]})) < LEAST_TEXTS:
         raise ConfigError(
             f"{spec}: data.validation: {count} different texts are too few to judge int8 by; give at least {LEAST_TEXTS}"
+            f"{among}"
         )
     if accurate and texts.rows < LEAST_TEXTS:  # pairs of texts
         raise ConfigError(
@@ -386,7 +388,7 @@ def _load_libraries(task: str) -> tuple[str, ...]:
     return (*LOAD_LIBRARIES, *MODALITIES[TASKS[task].modality].LIBRARIES)
 
 
-def _check_cpu(spec: ModelSpec) -> None:
+def check_cpu(spec: ModelSpec) -> None:
     """Raise ConfigError where int8 is to be made for a CPU that this one is not: its sums of products would saturate here."""
     int8 = any(target.precision == "int8" for target in spec.targets.list())
     if int8 and spec.quantize.cpu == "avx512_vnni" and not cpu.has(cpu.WIDE_SUMS):

@@ -20,6 +20,9 @@ OLDER = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 
+# Modules of sentence-transformers that do nothing once a model is trained.
+NO_WORK = ("Dropout",)
+
 
 def modes(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The ways whose results are put one behind the other, as a pooling's config.json says: an older one, or a newer with

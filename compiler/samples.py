@@ -194,18 +194,19 @@ def with_masks(model: Model, texts: Sequence[tuple[str, ...]]) -> list[tuple[str
 
 
 def _masked(model: Model, text: str, mask: str) -> str:
-    """A text with the middle word masked, or the middle character of a script without spaces; before the middle where the
-    text is cut before that."""
+    """A text with the middle word masked, or the middle character of a script without spaces; where that is cut off, one
+    that is nearer to the end that is kept."""
     words, space = text.split(" "), " "
     if without_spaces(text):
         words, space = [*text], ""
-    place = len(words) // 2
+    from_end = len(words) // 2
     while True:
+        place = from_end if model.tokenizer.truncation_side == "right" else len(words) - 1 - from_end
         found = space.join([*words[:place], mask, *words[place + 1 :]])
         ids = model.tokenizer(found, truncation=True, max_length=length_of_texts(model))["input_ids"]
-        if place == 0 or model.tokenizer.mask_token_id in ids:
+        if from_end == 0 or model.tokenizer.mask_token_id in ids:
             return found
-        place //= 2
+        from_end //= 2
 
 
 def without_spaces(text: str) -> bool:

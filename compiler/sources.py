@@ -21,7 +21,7 @@ import yaml
 
 from compiler.errors import SourceError
 from compiler.hashing import canonical, hash_files, list_files
-from compiler.pooling import POOLING, modes
+from compiler.pooling import NO_WORK, POOLING, modes
 from compiler.tasks import Modality, infer
 from compiler.types import File, Snapshot
 
@@ -249,10 +249,13 @@ def pooling(snapshot: Snapshot, task: str, options: Mapping[str, bool]) -> list[
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SourceError("modules.json: not a list of modules; fetch the checkpoint again")
     kinds = [str(entry.get("type")).rpartition(".")[2] for entry in entries]
-    if others := [kind for kind in kinds[1:] if kind not in ("Pooling", "Normalize")]:
+    behind = [(kind, str(entry.get("path"))) for kind, entry in zip(kinds[1:], entries[1:], strict=True)]
+    if others := [(kind, path) for kind, path in behind if kind not in ("Pooling", "Normalize", *NO_WORK)]:
+        files = {file.path for file in snapshot.files}
+        able = all(kind == "Dense" and f"{path}/model.safetensors" in files for kind, path in others)
         raise SourceError(
-            f"modules.json: has a {others[0]} behind the encoder, and int8 is judged by a text's whole embedding; set "
-            "sentence_embedding: true, so that it is in the files, or leave int8 out of targets:"
+            f"modules.json: has a {others[0][0]} behind the encoder, and int8 is judged by a text's whole embedding; "
+            f"{'set sentence_embedding: true, so that it is in the files, or ' if able else ''}leave int8 out of targets:"
         )
     for entry in (entry for entry, kind in zip(entries, kinds, strict=True) if kind == "Pooling"):
         name = str(PurePosixPath(str(entry.get("path", "")), "config.json"))
@@ -260,8 +263,10 @@ def pooling(snapshot: Snapshot, task: str, options: Mapping[str, bool]) -> list[
         if not isinstance(config, dict):
             raise SourceError(f"{name}: missing or not a JSON object, and modules.json names it; fetch the checkpoint again")
         found = modes(config)
-        if unknown := [mode for mode in found if mode not in POOLING]:
-            raise SourceError(f"{name}: pooling {', '.join(unknown)} is not known, so int8 cannot be judged; leave int8 out")
+        unknown = [mode for mode in found if mode not in POOLING]
+        if unknown or not found:
+            said = ", ".join(unknown) or "by nothing"
+            raise SourceError(f"{name}: pooling {said} is not known, so int8 cannot be judged; leave int8 out")
         return list(found)
     return ["mean"]
 

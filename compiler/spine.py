@@ -11,7 +11,7 @@ from compiler.build import Build, Candidate, Context, Release
 from compiler.config import ModelSpec, Pipeline
 from compiler.errors import ConfigError, DamagedError
 from compiler.lock import check_lock, read_lock, write_lock
-from compiler.plan import Plan, make_plan
+from compiler.plan import Plan, check_cpu, make_plan
 from compiler.sources import resolve
 from compiler.stages.publish import Published, move_aliases
 from compiler.stages.publish import publish as send
@@ -45,6 +45,7 @@ def build_model(plan: Plan, context: Context) -> Release:
     with Build.alone(plan, context) as build:
         if current := build.current():
             return current
+        check_cpu(plan.spec)
         if build.recall():
             with contextlib.suppress(DamagedError):
                 return _release(build)

@@ -73,11 +73,18 @@ class _Case(TypedDict):
     name: str
 
 
+class _Answering(TypedDict):
+    """Of what it says of answers, what was otherwise in earlier builds."""
+
+    pooling: list[str]
+
+
 class _Known(TypedDict):
     """What is used of what `compiler.stages.load.reference` returned."""
 
     cases: list[_Case]
     keep: dict[str, PositiveInt]
+    answering: NotRequired[_Answering | None]
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,10 @@ def write(bert: Path, tmp_path: Path) -> Write:
         (folder / "modules.json").write_text(json.dumps(modules))
         (folder / path).mkdir()
         (folder / path / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **pooling}))
+        for name in {"Dropout", "LayerNorm"}.intersection(following):
+            inner = folder / next(path for path, kind in kinds if kind == name)
+            inner.mkdir()
+            (inner / "config.json").write_text("{}")
         if "Dense" in following:
             inner = folder / next(path for path, kind in kinds if kind == "Dense")
             inner.mkdir()
@@ -142,6 +146,28 @@ def test_int8_of_an_embedding_that_goes_on_behind_the_pooling(write: Write) -> N
         pooling(found, "feature-extraction", {})
     assert pooling(found, "feature-extraction", {"sentence_embedding": True}) == []
     assert pooling(found, "text-classification", {}) == []
+
+
+def test_int8_of_an_embedding_that_no_graph_can_hold(write: Write) -> None:
+    unable = snapshot(write({"pooling_mode": "cls"}, "LayerNorm"))
+    with pytest.raises(SourceError, match=r"has a LayerNorm behind the encoder, .* whole embedding; leave int8 out"):
+        pooling(unable, "feature-extraction", {})
+
+
+def test_dropout_behind_the_pooling_is_nothing(write: Write) -> None:
+    folder = write({"pooling_mode": "cls"}, "Dropout", "Normalize")
+    assert pooling(snapshot(folder), "feature-extraction", {}) == ["cls"]
+    model = loaded(folder)
+    made = run_eager(model, inputs(model))
+    expected = made["last_hidden_state"][:, 0] / np.linalg.norm(made["last_hidden_state"][:, 0], axis=1, keepdims=True)
+    np.testing.assert_allclose(made["sentence_embedding"], expected, atol=1e-6)
+
+
+def test_a_pooling_by_nothing(write: Write) -> None:
+    folder = write({"pooling_mode": []})
+    for find in (lambda: pooling(snapshot(folder), "feature-extraction", {}), lambda: loaded(folder)):
+        with pytest.raises(SourceError, match="pooling by nothing is not known"):
+            find()
 
 
 @pytest.mark.parametrize("format", list(BACKENDS))

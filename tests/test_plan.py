@@ -11,10 +11,13 @@ import pytest
 
 from compiler import cpu, plan
 from compiler.backends import BACKENDS
+from compiler.build import Context
 from compiler.config import CalibrationFile, ModelSpec
 from compiler.errors import ConfigError
-from compiler.plan import LOAD_LIBRARIES, PACKAGE_LIBRARIES, Plan, Texts, make_plan, read_calibration, read_texts
+from compiler.plan import LOAD_LIBRARIES, PACKAGE_LIBRARIES, Plan, Texts, check_cpu, make_plan, read_calibration, read_texts
 from compiler.sources import resolve
+from compiler.spine import build_model
+from compiler.store import Store
 from compiler.types import HELD, Target
 
 TARGETS = {"torchscript": ["fp32", "bf16"], "onnx": ["fp32"], "openvino": ["fp32", "bf16"]}
@@ -200,6 +203,10 @@ def test_too_little_validation_text_for_int8(bert: Path, tmp_path: Path) -> None
         path.write_text("\n".join(map(json.dumps, lines)))
         with pytest.raises(ConfigError, match=f"tiny 1.0.0: data.validation: {reason}; give at least 16"):
             quantized(bert, tmp_path, data=data)
+    again = [{"text": f"Line {max(number - 1010, 0)}"} for number in range(1040)]
+    path.write_text("\n".join(map(json.dumps, again)))
+    with pytest.raises(ConfigError, match=r"14 different texts are too few .* at least 16 among the first 1024"):
+        quantized(bert, tmp_path, data=data)
     pairs = [{"text": f"Line {number}", "text_pair": f"Other {number}", "score": number} for number in range(600)]
     path.write_text("\n".join(map(json.dumps, pairs)))
     texts = quantized(bert, tmp_path, data=data).texts
@@ -210,10 +217,14 @@ def test_int8_for_another_kind_of_cpu(bert: Path, tmp_path: Path, monkeypatch: p
     """Its 8-bit weights would be judged by sums that saturate here."""
     monkeypatch.setattr(cpu, "features", lambda: "x86_64 avx2 fma avx512f")
     message = "quantize.cpu: avx512_vnni: this CPU has no amx_int8 or avx512_vnni or avx_vnni, so nothing for one can"
+    made = quantized(bert, tmp_path, quantize={"cpu": "avx512_vnni"})  # to be looked at anywhere
     with pytest.raises(ConfigError, match=message):
-        quantized(bert, tmp_path, quantize={"cpu": "avx512_vnni"})
+        build_model(made, Context(tmp_path, tmp_path / "artifacts", Store(tmp_path / "cache"), lambda event: None))
+    check_cpu(planned(bert, quantize={"cpu": "avx512_vnni"}).spec)  # without int8 it is nothing
     for name in ("native", "avx2", "avx512"):
-        assert quantized(bert, tmp_path, quantize={"cpu": name}).bits == 7
+        narrow = quantized(bert, tmp_path, quantize={"cpu": name})
+        check_cpu(narrow.spec)
+        assert narrow.bits == 7
 
 
 def test_too_few_different_texts(tmp_path: Path) -> None:

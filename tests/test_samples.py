@@ -47,6 +47,12 @@ def test_a_masked_word_is_not_cut_off(model: Model, count: int) -> None:
         assert ((case.inputs["input_ids"] == model.tokenizer.mask_token_id).sum(axis=1) == 1).all()
 
 
+def test_a_masked_word_is_not_cut_off_on_the_left(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.tokenizer, "truncation_side", "left")
+    for case in accuracy_cases(model, [("the quick brown fox " * 200,)] * 20):
+        assert ((case.inputs["input_ids"] == model.tokenizer.mask_token_id).sum(axis=1) == 1).all()
+
+
 def test_masks_that_are_all_cut_off(model: Model, tmp_path: Path) -> None:
     """Where the user has set them."""
     texts = [(f"{number} " + "fox " * 100 + "[MASK]",) for number in range(40)]

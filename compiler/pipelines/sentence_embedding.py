@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compiler.errors import InputError, ReleaseError
 from compiler.pipelines import text, tokenizer
 from compiler.pipelines.base import Pipeline
-from compiler.pooling import POOLING, modes
+from compiler.pooling import NO_WORK, POOLING, modes
 from compiler.runtime import CompiledModel
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def prepare(model: CompiledModel, options: Mapping[str, Any]) -> Sentences:
             pooling = _pooling(_json(folder / module["path"] / "config.json") or {}, folder)
         elif kind == "Normalize":
             normalize = True
-        else:
+        elif kind not in NO_WORK:
             raise InputError(f"{folder}: modules.json names a {kind}, which only sentence-transformers has")
     if options["pooling"] is not None:
         pooling = (options["pooling"],)

@@ -56,18 +56,7 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
         found = 0 if trials.measure(0)[0] else None
     else:
         errors = [rung.error for rung in rungs]
-        found = climb(errors, first(errors, build.predict().info["bears"]), trials.measure)
-        with_tables = None
-        if found is not None and tables:
-            # They take no time, so no layer leaves int8 for them.
-            trials.rungs.append(replace(rungs[found], number=len(rungs), int8=rungs[found].int8 + tables))
-            with_tables = len(rungs) if trials.measure(len(rungs))[0] else None
-        if with_tables is not None and trials.holds(with_tables):
-            found = with_tables
-        elif found is not None and not trials.holds(found):
-            # Seldom: its answers meet the budget, and the elements of some output do not.
-            trials.whole = True
-            found = climb(errors, found, trials.measure)
+        found = _find(trials, errors, first(errors, build.predict().info["bears"]), tables)
     if found is None:
         what = "no plan that was tried meets the budget" if named is None else "the plan in quantize.plan misses the budget"
         missed, closest = trials.closest()
@@ -89,6 +78,25 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
         kept = dict.fromkeys(kept, "quantize.plan says so")
     known = {name: value for name, value in entry.info.items() if name != "left"}
     return {**known, "kept": {**calibrated.info["left"], **kept, **entry.info["left"]}, "ladder": trials.told}
+
+
+def _find(trials: _Trials, errors: Sequence[float], start: int, tables: tuple[str, ...]) -> int | None:
+    """The number of the fastest plan that meets the budget in every sample; None where no rung does."""
+    found = climb(errors, start, trials.measure)
+    if found is None:
+        return None
+    if tables:
+        # They take no time, so no layer leaves int8 for them.
+        number, rung = len(trials.rungs), trials.rungs[found]
+        out = tuple(name for name in rung.out if name not in tables)
+        trials.rungs.append(replace(rung, number=number, out=out, int8=rung.int8 + tables))
+        if trials.measure(number)[0] and trials.holds(number):
+            return number
+    if trials.holds(found):
+        return found
+    # Seldom: its answers meet the budget, and the elements of some output do not.
+    trials.look_at_all()
+    return _find(trials, errors, found, tables)
 
 
 def _check_named(named: tuple[str, ...], layers: Sequence[str], where: str) -> None:
@@ -152,6 +160,11 @@ class _Trials:
         if failed:
             self._failed.append(max((_miss(check), f"{amount}: {_text(check)}", number) for check in failed))
         return not failed, bearable(checks, tried.error)
+
+    def look_at_all(self) -> None:
+        """From here on run every sample for each plan. By how much others missed is not to be compared with that."""
+        self.whole = True
+        self._failed.clear()
 
     def holds(self, number: int) -> bool:
         """Whether a plan whose answers meet the budget does so in all samples as well; where not, that is told."""

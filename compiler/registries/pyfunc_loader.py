@@ -140,7 +140,7 @@ def pooling(folder: Path) -> list[Callable[[Any, Any], Any]]:
             steps.append(POOLING[modes[0]])
         elif kind == "Normalize":
             steps.append(lambda vectors, mask: vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))
-        else:
+        elif kind != "Dropout":
             raise ValueError(f"module {module['type']} is not known here; open the release with sentence-transformers")
     return steps
 

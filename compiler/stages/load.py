@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from compiler.accuracy import ANSWER, Answering, problem, tag_names
 from compiler.embedding import with_sentence_embedding
 from compiler.errors import SourceError, StageError
-from compiler.expected import expected
+from compiler.expected import check_evidence, expected
 from compiler.hashing import hash_files
 from compiler.modalities import MODALITIES
 from compiler.numerics import Case, rows
@@ -331,11 +331,11 @@ def _counted(model: Model, case: Case, left: Mapping[str, np.ndarray[Any, Any]])
 
 
 def quantizable(model: Model) -> list[str]:
-    """The names of the linear layers and embeddings, of which some may be int8."""
+    """The names of the linear layers and then of embeddings, of which some may be int8."""
     import torch
 
     kinds = (torch.nn.Linear, torch.nn.Embedding)
-    return [name for name, part in model.module.named_modules() if isinstance(part, kinds)]
+    return [name for kind in kinds for name, part in model.module.named_modules() if isinstance(part, kind)]
 
 
 def reference(
@@ -376,6 +376,8 @@ def reference(
         found = [*found, *accuracy_cases(model, lines)]
     # Before the answers: those of the first lines, of which a pair has two.
     told = expected(model, lines, labels)[: MAX_ACCURACY_LINES * len(labels) // len(lines)] if labels else None
+    if told and labels:
+        check_evidence(model, told, labels[0][0])
     described = signature(model)
     keep = {}
     for tensor in described.outputs:

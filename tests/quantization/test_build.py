@@ -27,7 +27,7 @@ from compiler.numerics import Case
 from compiler.plan import BUILTIN_TEXT
 from compiler.quantization import search
 from compiler.quantization.calibrate import TABLE
-from compiler.quantization.rungs import ladder
+from compiler.quantization.rungs import Rung, ladder
 from compiler.samples import ACCURACY, NONE, RIGHT
 from compiler.spine import build_model, plan_model
 from compiler.stages import quantize
@@ -365,6 +365,51 @@ def test_what_is_found_is_held_to_every_sample(
     assert climbed[0] == {**ladder[0], "passed": False, "missed": missed}
     assert any(event.detail.endswith(f" layers int8, in every sample: {missed}") for event in context[1])
     assert 0 < max(rung["int8"] for rung in climbed if rung["passed"]) < ladder[0]["int8"]
+
+
+class _Told:
+    """Trials whose verdicts are known: `answers` and `elements` of layers' rungs, and with embeddings."""
+
+    def __init__(self, answers: list[bool], elements: list[bool], tables: bool) -> None:
+        self.rungs = [Rung(number, (), (f"layer {number}",), 0.0) for number in range(len(answers))]
+        self.whole = False
+        self.answers, self.elements, self.tables = answers, elements, tables
+
+    def _layers(self, number: int) -> tuple[int, bool]:
+        rung = self.rungs[number]
+        return int(rung.int8[0].split()[1]), len(rung.int8) == 1 or self.tables
+
+    def measure(self, number: int) -> tuple[bool, float]:
+        layer, fine = self._layers(number)
+        return fine and self.answers[layer] and (self.elements[layer] or not self.whole), 0.0
+
+    def holds(self, number: int) -> bool:
+        return self.elements[self._layers(number)[0]]
+
+    def look_at_all(self) -> None:
+        self.whole = True
+
+
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.parametrize(
+    ("answers", "elements", "expected"),
+    [
+        ([False, True, True, True], [True] * 4, 1),
+        ([False, True, True, True], [False, False, True, True], 2),
+        ([True] * 4, [False] * 3 + [True], 3),
+        ([True] * 4, [False] * 4, None),
+        ([False] * 4, [True] * 4, None),
+    ],
+)
+def test_which_plan_is_found(answers: list[bool], elements: list[bool], expected: int | None, tables: bool) -> None:
+    """The first that meets the budget in answers and elements, with embeddings where that does too."""
+    trials: Any = _Told(answers, elements, tables)
+    found = search._find(trials, [4.0, 3.0, 2.0, 1.0], 0, ("table",))
+    if expected is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert trials.rungs[found].int8 == (f"layer {expected}", *(["table"] if tables else []))
 
 
 def test_the_ladder_counts_what_a_file_holds(
