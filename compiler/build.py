@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,9 +161,10 @@ class Build:
         self._recalled, self._entries = {}, {}
 
     def load(self) -> Entry:
-        """The reference: samples, and what the untouched fp32 model answers."""
+        """The reference: samples, and what the untouched fp32 model answers. Raises ConfigError as `check_limits` does, for
+        int8, which takes most of the time."""
         plan, shapes = self.plan, self.plan.spec.shapes
-        return self._make(
+        entry = self._make(
             plan.load,
             lambda out: self.run(
                 reference,
@@ -178,6 +179,9 @@ class Build:
                 plan.calibrate is not None,
             ),
         )
+        if plan.calibrate is not None:
+            self.check_limits("int8", "int8", entry.info["judged"])
+        return entry
 
     def calibrate(self) -> Entry:
         """Every layer in int8, and what each costs in accuracy: one for all formats."""
@@ -234,21 +238,19 @@ class Build:
         except NumericsError as error:
             self._keep(artifact, exported, {"error": str(error)})
             raise
-        return self.judged(artifact, exported, measured.info["outputs"])
+        figures = measured.info["outputs"]
+        self.check_limits(str(target), target.precision, [name for result in figures.values() for name in result["figures"]])
+        return self.judged(artifact, exported, figures)
 
-    def judged(
-        self, artifact: Artifact, entry: Entry, figures: Mapping[str, Any], unmeasured: Collection[str] = ()
-    ) -> Candidate:
-        """An artifact with its figures and the verdict on them. Raises ConfigError as `check_limits` does."""
-        self.check_limits(f"{artifact.format} {artifact.precision}", artifact.precision, figures, unmeasured)
+    def judged(self, artifact: Artifact, entry: Entry, figures: Mapping[str, Any]) -> Candidate:
+        """An artifact with its figures and the verdict on them."""
         checks = judge(figures, self.plan.spec.budget.limits(artifact.precision))
         return Candidate(artifact, entry, figures, Report(artifact.format, artifact.precision, checks))
 
-    def check_limits(self, target: str, precision: str, figures: Mapping[str, Any], unmeasured: Collection[str] = ()) -> None:
-        """Raise ConfigError for a limit in pipeline.yaml of what there is no figure of, but for what is still `unmeasured`:
-        nobody would hold it."""
-        there = {name: None for result in figures.values() for name in result["figures"] if name in Limits.model_fields}
-        if missing := [name for name in self.plan.spec.budget.asked(precision) if name not in {*there, *unmeasured}]:
+    def check_limits(self, target: str, precision: str, figures: Iterable[str]) -> None:
+        """Raise ConfigError for a limit in pipeline.yaml of what there is no figure of: nobody would hold it."""
+        there = {name: None for name in figures if name in Limits.model_fields}
+        if missing := [name for name in self.plan.spec.budget.asked(precision) if name not in there]:
             raise ConfigError(
                 f"{self.plan.spec}: budget.{precision}.{missing[0]}: {target} has no such figure with this task and this "
                 f"validation text; it has {', '.join(there)}"

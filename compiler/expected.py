@@ -14,7 +14,7 @@ from compiler.samples import length_of_texts
 from compiler.tasks import EXPECTED, TAGGED, Words, answer_texts, check_tags, finite_number, label_number
 from compiler.types import Model
 
-Labels = Sequence[tuple[int, Any]]
+Labels = Sequence[tuple[str, Any]]
 
 
 def expected(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> list[Any]:
@@ -22,7 +22,7 @@ def expected(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> 
 
     Args:
         lines: the texts.
-        labels: of each, the line of the file and what stands there, as `compiler.tasks.read_label` found it.
+        labels: of each, where it stands, for errors, and what stands there, as `compiler.tasks.read_label` found it.
 
     Returns:
         feature-extraction: the pairs' scores; question-answering: for each question the right spans, `[start, end]` in tokens;
@@ -40,47 +40,48 @@ def expected(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> 
     config: Any = model.module.config
     kind = problem(model)
     if model.task == "feature-extraction" or (kind == "regression" and config.num_labels == 1):
-        return [_number(line, label, model.task) for line, label in labels]
+        return [_number(place, label, model.task) for place, label in labels]
     if kind == "regression":
-        return [_numbers(line, label, config.num_labels) for line, label in labels]
+        return [_numbers(place, label, config.num_labels) for place, label in labels]
     names = config.id2label
     if kind == CHOICE:
-        return [_label(line, label, names) for line, label in labels]
-    return [[_label(line, one, names) for one in (label if isinstance(label, list) else [label])] for line, label in labels]
+        return [_label(place, label, names) for place, label in labels]
+    return [[_label(place, one, names) for one in (label if isinstance(label, list) else [label])] for place, label in labels]
 
 
-def check_evidence(model: Model, told: Sequence[Any], line: int) -> None:
-    """Raise ConfigError where nothing that is expected, as `expected` has it, could be lost. `line` is the first."""
+def check_evidence(model: Model, told: Sequence[Any], place: str) -> None:
+    """Raise ConfigError where nothing that is expected, as `expected` has it, could be lost. `place` is that of
+    the first."""
     if model.task == "token-classification":
         if all(tag == OUTSIDE for text in told for tag in text["tags"]):
-            raise ConfigError(f"data.validation:{line}: no line has a tag but {OUTSIDE}, and F1 is of entities; give some")
+            raise ConfigError(f"{place}: no line has a tag but {OUTSIDE}, and F1 is of entities; give some")
     elif model.task == "feature-extraction" or problem(model) == "regression":
         columns = zip(*(one if isinstance(one, list) else [one] for one in told), strict=True)
         if any(len(set(column)) == 1 for column in columns):
             raise ConfigError(
-                f"data.validation:{line}: every line has the same {EXPECTED[model.task]}, and Spearman's correlation is of "
+                f"{place}: every line has the same {EXPECTED[model.task]}, and Spearman's correlation is of "
                 "different ones; give some"
             )
 
 
-def _number(line: int, value: Any, task: str) -> float:
-    return finite_number(value, EXPECTED[task], f"data.validation:{line}", LINES[task])
+def _number(place: str, value: Any, task: str) -> float:
+    return finite_number(value, EXPECTED[task], place, LINES[task])
 
 
-def _label(line: int, value: Any, names: Mapping[int, str]) -> int:
-    return label_number(value, names, f"data.validation:{line}")
+def _label(place: str, value: Any, names: Mapping[int, str]) -> int:
+    return label_number(value, names, place)
 
 
-def _numbers(line: int, label: Any, count: int) -> list[float]:
+def _numbers(place: str, label: Any, count: int) -> list[float]:
     if not isinstance(label, list) or len(label) != count:
-        raise ConfigError(f"data.validation:{line}: label {label!r} is no list of {count} numbers, as the model gives")
-    return [_number(line, one, "text-classification") for one in label]
+        raise ConfigError(f"{place}: label {label!r} is no list of {count} numbers, as the model gives")
+    return [_number(place, one, "text-classification") for one in label]
 
 
-def _check_fast(model: Model, line: int, what: str) -> None:
+def _check_fast(model: Model, place: str, what: str) -> None:
     if not model.tokenizer.is_fast:
         raise ConfigError(
-            f"data.validation:{line}: {type(model.tokenizer).__name__} does not tell where tokens stand in a text, so {what} "
+            f"{place}: {type(model.tokenizer).__name__} does not tell where tokens stand in a text, so {what} "
             f"cannot be judged; leave {what} out"
         )
 
@@ -89,20 +90,20 @@ def _spans(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> It
     """Where answers stand in the tokens of a question and its context; the first token's place where there is none, as SQuAD
     2 has it. An answer may stand there several times, or be cut off."""
     _check_fast(model, labels[0][0], "answers")
-    for (question, context), (line, given) in zip(lines, labels, strict=True):
+    for (question, context), (place, given) in zip(lines, labels, strict=True):
         if (texts := answer_texts(given)) is None:
-            raise ConfigError(f"data.validation:{line}: answers {given!r} is no list of texts")
+            raise ConfigError(f"{place}: answers {given!r} is no list of texts")
         encoded = model.tokenizer(
             question, context, truncation="longest_first", max_length=length_of_texts(model), return_offsets_mapping=True
         )
         found = [] if texts else [[0, 0]]
         for text in texts:
-            places = [match.span() for match in re.finditer(re.escape(text), context)]
-            if not places:
-                raise ConfigError(f"data.validation:{line}: answer {text[:60]!r} does not stand in the context")
-            for start, end in places:
+            spans = [match.span() for match in re.finditer(re.escape(text), context)]
+            if not spans:
+                raise ConfigError(f"{place}: answer {text[:60]!r} does not stand in the context")
+            for start, end in spans:
                 of_context = enumerate(zip(encoded["offset_mapping"], encoded.sequence_ids(), strict=True))
-                inside = [place for place, ((a, b), part) in of_context if part == 1 and a < end and b > start]
+                inside = [token for token, ((a, b), part) in of_context if part == 1 and a < end and b > start]
                 if inside:
                     found.append([inside[0], inside[-1]])
         yield found
@@ -114,20 +115,18 @@ def _tagged(model: Model, lines: Sequence[tuple[str, ...]], labels: Labels) -> I
     _check_fast(model, labels[0][0], "tags")
     config: Any = model.module.config
     before = 0
-    for (text,), (line, tags) in zip(lines, labels, strict=True):
+    for (text,), (place, tags) in zip(lines, labels, strict=True):
         if not isinstance(text, Words):
-            raise ConfigError(
-                f"data.validation:{line}: has tags and no tokens, the words that they are of; a line is {TAGGED}"
-            )
+            raise ConfigError(f"{place}: has tags and no tokens, the words that they are of; a line is {TAGGED}")
         words = list(text.words)
-        check_tags(tags, words, f"data.validation:{line}")
+        check_tags(tags, words, place)
         encoded = model.tokenizer(
             words, is_split_into_words=True, truncation="longest_first", max_length=length_of_texts(model)
         )
         first: dict[int, int] = {}
-        for place, word in enumerate(encoded.word_ids(), before):
+        for token, word in enumerate(encoded.word_ids(), before):
             if word is not None:
-                first.setdefault(word, place)
+                first.setdefault(word, token)
         before += len(encoded["input_ids"])
-        names = [str(config.id2label[_label(line, tag, config.id2label)]) for tag in tags]
+        names = [str(config.id2label[_label(place, tag, config.id2label)]) for tag in tags]
         yield {"places": [first.get(word, -1) for word in range(len(words))], "tags": names}

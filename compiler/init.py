@@ -110,6 +110,7 @@ def write(
         "source": plain,
         "path": str(output),
     }
+    pools = task == "feature-extraction" and any(file.path == "modules.json" for file in snapshot.files)
     lengths = ", ".join(str(length) for length in sorted({min(16, limit - 2), min(128, limit - 2)}))
     text = TEMPLATE.format(
         file=output.name,
@@ -119,7 +120,11 @@ def write(
         task=task,
         tasks=", ".join(TASKS),
         options=(trust_remote_code * "    trust_remote_code: true             # runs the Python code in the checkpoint\n")
-        + (allow_pickle * "    allow_pickle: true                  # opens pytorch_model.bin, weights only\n"),
+        + (allow_pickle * "    allow_pickle: true                  # opens pytorch_model.bin, weights only\n")
+        + (
+            pools
+            * "    # sentence_embedding: true          # the pooling that modules.json names in the graph, as an output\n"
+        ),
         example=example(task),
         argmax="" if task.endswith("feature-extraction") or number else ", argmax: 0.98",
         kind=KINDS[modality],

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 # See `noise`.
 LEAST_VARIANCE = 0.001
+# Of an int8 artifact, what its elements are held to in every sample, besides its answers.
+ELEMENTS = ("max_abs", "noise")
 
 
 @dataclass(frozen=True)

@@ -81,13 +81,13 @@ DOCUMENTS = (".md", "LICENSE", "NOTICE")
 class Texts:
     """The lines of a data file, parsed for the task. `name` is what the manifest calls it, `sha256` the file's (hex), `files`
     those of the images or sounds that its lines name, by their paths relative to it; `labels` are, where all lines have one,
-    the number of each line in the file and its label."""
+    the place of each line, as errors name it, and its label."""
 
     name: str
     sha256: str
     lines: tuple[tuple[str, ...], ...]
     files: Mapping[str, str] = field(default_factory=dict)
-    labels: tuple[tuple[int, Any], ...] | None = None
+    labels: tuple[tuple[str, Any], ...] | None = None
 
     @property
     def rows(self) -> int:
@@ -425,11 +425,11 @@ def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -
     if not lines:
         raise ConfigError(f"{where}: holds no line; give one JSON object a line")
     sha256 = hashlib.sha256(read).hexdigest()
-    found = [(number, read_label(line, task)) for number, line in numbered] if labelled else []
-    labels = tuple((number, label) for number, label in found if label is not None)
+    found = [(f"{where}:{number}", read_label(line, task)) for number, line in numbered] if labelled else []
+    labels = tuple((place, label) for place, label in found if label is not None)
     if labels and len(labels) < len(lines):
-        bare = next(number for number, label in found if label is None)
-        raise ConfigError(f"{where}:{bare}: has no {EXPECTED[task]} and other lines have; give all of them one, or none")
+        bare = next(place for place, label in found if label is None)
+        raise ConfigError(f"{bare}: has no {EXPECTED[task]} and other lines have; give all of them one, or none")
     if labels and task == "feature-extraction":  # a score is of two texts, and both are validation text
         lines = tuple((text,) for number, line in numbered for text in parse_pair(line, f"{where}:{number}"))
     if (kind := TASKS[task].fields[0]) in FILES:

@@ -19,6 +19,10 @@ from tests.zoo import save_checkpoint
 NAMES = ["bad", "good", "odd"]
 
 
+def placed(given: list[Any]) -> list[tuple[str, Any]]:
+    return [(f"file:{line}", one) for line, one in enumerate(given, 4)]
+
+
 def model(task: str = "text-classification", labels: int = 3, kind: str | None = None, **more: Any) -> Any:
     config = SimpleNamespace(problem_type=kind, num_labels=labels, id2label=dict(enumerate(NAMES[:labels])))
     return SimpleNamespace(task=task, module=SimpleNamespace(config=config), **more)
@@ -35,7 +39,7 @@ def model(task: str = "text-classification", labels: int = 3, kind: str | None =
     ],
 )
 def test_what_is_expected(of: Any, given: list[Any], found: list[Any]) -> None:
-    assert expected(of, [("a text",)] * len(given), list(enumerate(given, 1))) == found
+    assert expected(of, [("a text",)] * len(given), placed(given)) == found
 
 
 @pytest.mark.parametrize(
@@ -59,8 +63,8 @@ def test_what_is_expected(of: Any, given: list[Any], found: list[Any]) -> None:
 )
 def test_what_the_model_does_not_know(of: Any, given: Any, reason: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        expected(of, [("a text",)], [(7, given)])
-    assert str(caught.value).startswith(f"data.validation:7: {reason}")
+        expected(of, [("a text",)], [("file:7", given)])
+    assert str(caught.value).startswith(f"file:7: {reason}")
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "deberta-v2"])
@@ -79,7 +83,7 @@ def test_answers_by_what_their_tokens_say(tmp_path: Path, architecture: str) -> 
         ("What is cut off?", "the harbour " * 60 + "zebra"),
     ]
     given: list[Any] = [{"text": ["Ada"], "answer_start": [30]}, [{"text": "at six"}, "six"], [], ["zebra"]]
-    found = expected(asked, lines, list(enumerate(given, 1)))
+    found = expected(asked, lines, placed(given))
     ids = together(asked, lines)["input_ids"]
     said = [
         {asked.tokenizer.decode(row[start : end + 1]).lower().replace(" ", "").replace("##", "") for start, end in spans}
@@ -97,11 +101,11 @@ def test_answers_that_are_none(tmp_path: Path, answers: Any, reason: str) -> Non
     folder = save_checkpoint(tmp_path / "checkpoint", "bert", "question-answering")
     asked = model("question-answering", tokenizer=AutoTokenizer.from_pretrained(folder), positions=64)
     with pytest.raises(ConfigError) as caught:
-        expected(asked, [("Who?", "Ada reads.")], [(3, answers)])
-    assert str(caught.value).startswith(f"data.validation:3: {reason}")
+        expected(asked, [("Who?", "Ada reads.")], [("file:3", answers)])
+    assert str(caught.value).startswith(f"file:3: {reason}")
     slow = model("question-answering", tokenizer=SimpleNamespace(is_fast=False), positions=64)
     with pytest.raises(ConfigError, match="does not tell where tokens stand in a text, so answers cannot be judged"):
-        expected(slow, [("Who?", "Ada reads.")], [(3, ["Ada"])])
+        expected(slow, [("Who?", "Ada reads.")], [("file:3", ["Ada"])])
 
 
 @pytest.mark.parametrize(
@@ -114,10 +118,10 @@ def test_answers_that_are_none(tmp_path: Path, answers: Any, reason: str) -> Non
 )
 def test_numbers_that_are_all_the_same(of: Any, given: list[Any]) -> None:
     """Rank correlation with them is 0 of any model: nothing could be lost."""
-    told = expected(of, [("a text",)] * len(given), list(enumerate(given, 4)))
-    with pytest.raises(ConfigError, match=r"^data\.validation:4: every line has the same (score|label), and Spearman's "):
-        check_evidence(of, told, 4)
-    check_evidence(of, [*told, [9.0, 9.5] if isinstance(given[0], list) else 9.0], 4)
+    told = expected(of, [("a text",)] * len(given), placed(given))
+    with pytest.raises(ConfigError, match=r"^file:4: every line has the same (score|label), and Spearman's "):
+        check_evidence(of, told, "file:4")
+    check_evidence(of, [*told, [9.0, 9.5] if isinstance(given[0], list) else 9.0], "file:4")
 
 
 WORDS = [
@@ -137,7 +141,7 @@ def test_words_by_their_first_tokens(tmp_path: Path, architecture: str, prefix: 
     tokenizer = AutoTokenizer.from_pretrained(folder, **more)
     asked = model("token-classification", tokenizer=tokenizer, positions=64, inputs=("input_ids", "attention_mask"))
     lines = [(Words(words),) for words in WORDS]
-    found = expected(asked, lines, [(row, ["good", *[2] * (len(words) - 1)]) for row, words in enumerate(WORDS, 1)])
+    found = expected(asked, lines, placed([["good", *[2] * (len(words) - 1)] for words in WORDS]))
     inputs = together(asked, lines)
     before = 0
     for words, ids, mask, text in zip(WORDS, inputs["input_ids"], inputs["attention_mask"], found, strict=True):
@@ -171,15 +175,13 @@ def test_tags_that_are_none(tmp_path: Path, tags: Any, reason: str) -> None:
     folder = save_checkpoint(tmp_path / "checkpoint", "bert", "token-classification")
     asked = model("token-classification", tokenizer=AutoTokenizer.from_pretrained(folder), positions=64)
     with pytest.raises(ConfigError) as caught:
-        expected(asked, [(Words(["Ada", "reads"]),)], [(5, tags)])
-    assert str(caught.value).startswith(f"data.validation:5: {reason}")
-    with pytest.raises(
-        ConfigError, match=r"data\.validation:5: has tags and no tokens, the words that they are of; a line is \{"
-    ):
-        expected(asked, [("Ada reads",)], [(5, tags)])
+        expected(asked, [(Words(["Ada", "reads"]),)], [("file:5", tags)])
+    assert str(caught.value).startswith(f"file:5: {reason}")
+    with pytest.raises(ConfigError, match=r"^file:5: has tags and no tokens, the words that they are of; a line is \{"):
+        expected(asked, [("Ada reads",)], [("file:5", tags)])
     slow = model("token-classification", tokenizer=SimpleNamespace(is_fast=False), positions=64)
     with pytest.raises(ConfigError, match="does not tell where tokens stand in a text, so tags cannot be judged"):
-        expected(slow, [(Words(["Ada"]),)], [(3, ["good"])])
+        expected(slow, [(Words(["Ada"]),)], [("file:3", ["good"])])
 
 
 def test_tags_without_an_entity(tmp_path: Path) -> None:
@@ -188,6 +190,6 @@ def test_tags_without_an_entity(tmp_path: Path) -> None:
     asked = model("token-classification", tokenizer=AutoTokenizer.from_pretrained(folder), positions=64)
     asked.module.config.id2label = {0: "O", 1: "B-PER"}
     lines = [(Words(["Ada", "reads"]),)] * 2
-    with pytest.raises(ConfigError, match=r"data\.validation:5: no line has a tag but O"):
-        check_evidence(asked, expected(asked, lines, [(5, ["O", 0]), (6, [0, "O"])]), 5)
-    check_evidence(asked, expected(asked, lines, [(5, ["O", 0]), (6, [1, "O"])]), 5)
+    with pytest.raises(ConfigError, match=r"^file:5: no line has a tag but O"):
+        check_evidence(asked, expected(asked, lines, placed([["O", 0], [0, "O"]])), "file:5")
+    check_evidence(asked, expected(asked, lines, placed([["O", 0], [1, "O"]])), "file:5")

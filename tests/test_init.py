@@ -115,6 +115,10 @@ def test_sentence_transformer_is_an_embedding_model(command: Command, tmp_path: 
     (folder / "modules.json").write_text("[]")
     assert command("init", "checkpoint").returncode == 0
     assert written(tmp_path / "pipeline.yaml").task == "feature-extraction"
+    hint = "    # sentence_embedding: true "
+    assert hint in (tmp_path / "pipeline.yaml").read_text()
+    assert command("init", "checkpoint", "--task", "fill-mask", "--force").returncode == 0
+    assert hint not in (tmp_path / "pipeline.yaml").read_text()
 
 
 def test_task_that_is_given_wins(command: Command, tmp_path: Path) -> None:

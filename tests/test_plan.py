@@ -165,7 +165,8 @@ def test_a_score_is_of_two_texts(tmp_path: Path) -> None:
     lines = ['{"text": "a", "text_pair": "b", "score": 0.5}', "", '{"text": "c", "text_pair": "d", "score": 1}']
     found = validation_file(tmp_path, "feature-extraction", lines)
     assert found.lines == (("a",), ("b",), ("c",), ("d",))
-    assert found.labels == ((1, 0.5), (3, 1))
+    file = f"data.validation: {tmp_path / 'v.jsonl'}"
+    assert found.labels == ((f"{file}:1", 0.5), (f"{file}:3", 1))
     plain = validation_file(tmp_path, "feature-extraction", ['{"text": "a", "text_pair": "b"}'])
     assert (plain.lines, plain.labels) == ((("a",),), None)
     for line, reason in (
@@ -178,7 +179,8 @@ def test_a_score_is_of_two_texts(tmp_path: Path) -> None:
 
 def test_answers_are_read_for_int8(tmp_path: Path) -> None:
     line = '{"question": "Who?", "context": "Ada and Ben.", "answers": ["Ada"]}'
-    assert validation_file(tmp_path, "question-answering", [line]).labels == ((1, ["Ada"]),)
+    place = f"data.validation: {tmp_path / 'v.jsonl'}:1"
+    assert validation_file(tmp_path, "question-answering", [line]).labels == ((place, ["Ada"]),)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def table(manifest: Manifest, reports: Sequence[Report], path: Path) -> None:
     for artifact in manifest.artifacts:
         report = next(r for r in reports if (r.format, r.precision) == (artifact.format, artifact.precision))
         rows.append(_row(report, artifact.files[0].path, f"{sum(file.size for file in artifact.files) / 1e6:.1f} MB"))
+    rows += [("–", *target.split(" ", 1), *"––––", "left out") for target in manifest.refused]
     click.echo(f"{manifest.name} {manifest.release}  {path}")
     click.echo(lines(rows))
 

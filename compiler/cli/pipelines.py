@@ -178,5 +178,6 @@ def _release_json(release: Release, published: Iterable[Published]) -> dict[str,
             }
             for artifact, report in zip(release.manifest.artifacts, release.reports, strict=True)
         ],
+        "refused": dict(release.manifest.refused),
         "published": [published_json(done) for done in mine],
     }

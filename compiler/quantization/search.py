@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.errors import ConfigError, NumericsError, SlowError, meant
 from compiler.hashing import hash_folder
-from compiler.numerics import judge
+from compiler.numerics import ELEMENTS, judge
 from compiler.quantization.rungs import Rung, bearable, climb, cost, first, ladder, room
 from compiler.stages.load import REFERENCE, SAMPLES
 from compiler.stages.quantize import CLOSE, FASTER, LOOKS, faster, rung, settle, times_as_fast
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 # Why layers are left out of a plan that was searched for, with their error, and embeddings.
 LAYER_LEFT = "the budget: it costs the most accuracy for the work that it saves (error {:.2g}, with the layers of its input)"
 TABLE_LEFT = "the budget: with it in int8 as well, the plan that was found misses it"
-# Figures of an output's elements in every sample, which only running all of them tells.
-ELEMENTS = ("max_abs", "noise")
 
 
 def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
@@ -134,7 +132,6 @@ class _Trials:
     def measure(self, number: int) -> tuple[bool, float]:
         """Make a rung and measure its answers on validation text: the budget's verdict, and the error that it would bear."""
         entry, tried = self._measured(number, self.whole), self.rungs[number]
-        self.build.check_limits(str(self.target), "int8", entry.info["outputs"], self._unmeasured)
         checks = self._checks(entry)
         failed = sorted((check for check in checks if not check.passed), key=_miss, reverse=True)
         figures = entry.info["outputs"].get("answers", {"figures": {}})["figures"]
@@ -175,17 +172,15 @@ class _Trials:
             self.build.tell_rung(self.target, "tried", f"{row['int8']} layers int8, in every sample: {verdict}")
         return not failed
 
-    @property
-    def _unmeasured(self) -> tuple[str, ...]:
-        return () if self.whole else ELEMENTS
-
     def without(self) -> str:
         """Half a sentence on what is lost without any int8 layer; empty where the budget bears it."""
         rest = self.build.plan.rest_of(self.target)
         other = Target(self.target.format, rest, self.target.opset)
         exported = self.build.export(other)
         samples = (self.reference.root / SAMPLES, self.reference.root / REFERENCE, self.reference.info)
-        outputs = self.build.run(validate, exported.root, self.build.artifact(other, exported), *samples, True)
+        # Held to what int8 is held to.
+        artifact = replace(self.build.artifact(other, exported), precision="int8")
+        outputs = self.build.run(validate, exported.root, artifact, *samples, not self.whole)
         failed = [check for check in judge(outputs, self.build.plan.spec.budget.limits("int8")) if not check.passed]
         if not failed:
             return ""
@@ -204,7 +199,7 @@ class _Trials:
         """A plan, whose files are put into `out`, as the gate sees one."""
         entry = self.settled(number, out)
         artifact = replace(self.build.artifact(self.target, entry), ladder=tuple(self.told))
-        return self.build.judged(artifact, entry, self._measured(number, self.whole).info["outputs"], self._unmeasured)
+        return self.build.judged(artifact, entry, self._measured(number, self.whole).info["outputs"])
 
     def settled(self, number: int, out: Path) -> Entry:
         """A plan, its files in `out`."""

@@ -17,13 +17,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiler.accuracy import ANSWER, Answering, problem, tag_names
+from compiler.accuracy import ANSWER, Answering, figures, problem, tag_names
 from compiler.embedding import with_sentence_embedding
 from compiler.errors import SourceError, StageError
 from compiler.expected import check_evidence, expected
 from compiler.hashing import hash_files
 from compiler.modalities import MODALITIES
-from compiler.numerics import Case, rows
+from compiler.numerics import ELEMENTS, Case, rows
 from compiler.samples import ACCURACY, LEFT, MAX_ACCURACY_LINES, accuracy_cases, read_cases
 from compiler.sources import pooling, read_config
 from compiler.tasks import TASKS
@@ -163,7 +163,7 @@ def _weights(
             f"{snapshot.uri}: {len(missing)} weights of {type(module).__name__} are missing from the checkpoint: "
             f"{_names(missing)}; it was not trained for {task}, or not saved whole"
         )
-    if mismatched := sorted(str(key[0]) for key in report.get("mismatched_keys", ())):
+    if mismatched := sorted(f"{name} {list(found)}, not {list(wanted)}" for name, found, wanted in report["mismatched_keys"]):
         raise SourceError(f"{snapshot.uri}: weights of another shape than config.json says: {_names(mismatched)}")
     if unused := _further_layers(module, report["unexpected_keys"]):
         raise SourceError(
@@ -346,7 +346,7 @@ def reference(
     batches: Sequence[int],
     sequences: Sequence[int] | None,
     options: Mapping[str, bool],
-    labels: Sequence[tuple[int, Any]] | None = None,
+    labels: Sequence[tuple[str, Any]] | None = None,
     accurate: bool = False,
 ) -> dict[str, Any]:
     """Write the samples and the untouched fp32 model's outputs on them, before anything is fused or converted.
@@ -404,7 +404,7 @@ def reference(
             "problem": problem(model),
             "tags": tag_names(model),
         }
-    _write_reference(out, answered(), described.outputs, keep, answering)
+    own = _write_reference(out, answered(), described.outputs, keep, answering)
     samples = {f"{number:03d}.{name}": value for number, case in enumerate(counted) for name, value in case.inputs.items()}
     for number, case in enumerate(counted):
         for kind, values in (("counts", case.counts), ("real", case.real)):
@@ -417,6 +417,7 @@ def reference(
         "answering": answering,
         "layers": quantizable(model) if accurate else [],
         "labels": told,
+        "judged": [*figures(own, own, told, tag_names(model)), *ELEMENTS] if accurate else [],
         "left_out": list(model.left_out),
         "note": made.note,
         "positions": model.positions,
@@ -451,7 +452,8 @@ def _write_reference(
     outputs: Sequence[Tensor],
     keep: Mapping[str, int],
     answering: Mapping[str, Any] | None,
-) -> None:
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Write the answers of the original, and return those to the validation text by name; none without `answering`."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -470,8 +472,9 @@ def _write_reference(
                     f"{case.shape}; the checkpoint is damaged"
                 )
             expected[f"{number:03d}.{tensor.name}"] = values
-    expected |= {f"{ANSWER}{name}": value for name, value in texts.stacked().items()}
-    save_file(expected, str(out / REFERENCE))
+    own = texts.stacked()
+    save_file({**expected, **{f"{ANSWER}{name}": value for name, value in own.items()}}, str(out / REFERENCE))
+    return own
 
 
 def _own_support(model: Model, snapshot: Snapshot, out: Path) -> list[str]:

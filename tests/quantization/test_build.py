@@ -160,6 +160,7 @@ def test_int8_that_is_not_faster(
     assert not list(release.path.rglob("*qint8*"))
     shown = CliRunner().invoke(cli, ["inspect", str(release.path)]).output
     assert "\nwithout openvino int8: int8 is not 1.1 times as fast as fp32 where this was built\n" in shown
+    assert re.search(r"^– +openvino +int8 +– +– +– +– +left out$", shown, re.M)
     assert [row["state"] for row in planned(plan, one.output, one.store)] == ["current"] * len(list(plan.steps))
     assert build_model(plan, one).made is False
     assert not Build(plan, one).recall()  # it is timed again, and nothing else is done again
@@ -367,6 +368,14 @@ def test_what_is_found_is_held_to_every_sample(
     assert 0 < max(rung["int8"] for rung in climbed if rung["passed"]) < ladder[0]["int8"]
 
 
+def test_what_the_rest_alone_misses_in_elements_is_told(
+    tmp_path: Path, bert: Path, context: tuple[Context, list[Event]]
+) -> None:
+    path = pipeline(tmp_path, bert, budget={"int8": {**WIDE, "max_abs": 1e-9}})
+    with pytest.raises(NumericsError, match=r"; fp32 alone, without an int8 layer, has max_abs \S+, its limit is 1e-09, "):
+        build_model(plan_model(read(path).models[0], tmp_path), context[0])
+
+
 class _Told:
     """Trials whose verdicts are known: `answers` and `elements` of layers' rungs, and with embeddings."""
 
@@ -433,19 +442,23 @@ def test_the_ladder_counts_what_a_file_holds(
 
 
 @pytest.mark.parametrize(
-    ("precision", "name", "there"), [("int8", "spans", "cosine, neighbours, rank"), ("fp32", "argmax", "cosine, max_abs")]
+    ("precision", "name", "of", "there"),
+    [
+        ("int8", "spans", "int8", "cosine, neighbours, rank, max_abs, noise"),
+        ("fp32", "argmax", "openvino fp32", "cosine, max_abs"),
+    ],
 )
 def test_a_limit_of_what_has_no_figure(
-    command: Command, tmp_path: Path, bert: Path, precision: str, name: str, there: str
+    command: Command, tmp_path: Path, bert: Path, precision: str, name: str, of: str, there: str
 ) -> None:
-    """Though it is the default: nobody would hold it."""
-    limit = getattr(DEFAULT_LIMITS["int8"], name)
-    wide = {**WIDE, "cosine": 0.4}  # as no other test has it, whose result would be there
-    budget = {"int8": wide, precision: {**(wide if precision == "int8" else {}), name: limit}}
-    message = error_line(command(pipeline(tmp_path, bert, budget=budget)))
-    expected = f"tiny 1.0.0: budget.{precision}.{name}: openvino {precision} has no such figure with this task and this"
+    """Though it is the default: nobody would hold it. It is told before the layers are quantized, which takes long."""
+    budget = {"int8": WIDE, precision: {**(WIDE if precision == "int8" else {}), name: getattr(DEFAULT_LIMITS["int8"], name)}}
+    told = command(pipeline(tmp_path, bert, budget=budget), "--no-cache")
+    message = error_line(told)
+    expected = f"tiny 1.0.0: budget.{precision}.{name}: {of} has no such figure with this task and this"
     assert expected in message
     assert message.endswith(f"it has {there}")
+    assert re.search("  load +done", told.stderr) and "calibrate" not in told.stderr
 
 
 def test_a_search_that_was_killed_goes_on(
