@@ -82,12 +82,13 @@ def predict(
     from compiler.quantization import calibrate as calibration
     from compiler.quantization.layers import LAYERS
     from compiler.quantization.layers import load as load_layers
+    from compiler.quantization.rounding import Emulation
 
     model = _load(out, snapshot, task, options)
     how = pooling(snapshot, task, options)
     names = [name for group in groups for name in group["names"]]
     layers = load_layers(calibrated / LAYERS, names)
-    emulation = calibration.Emulation(model.module, layers.by_name.values())
+    emulation = Emulation(model.module, layers.by_name.values())
     texts = list(calibration.batches(model, with_masks(model, lines[:MAX_ACCURACY_LINES])))
     format, rest = next(iter(rests.items()))
     rungs = ladder(groups, rest, format)
