@@ -39,11 +39,12 @@ class Answering:
         self.how = how or {}
         self._parts: list[dict[str, Array]] = []
 
-    def add(self, case: Case, outputs: Mapping[str, Array]) -> None:
-        """The answers of one more batch."""
+    def add(self, case: Case, outputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Take the answers of one more batch, and return them."""
         masked = case.inputs["input_ids"] == self.how["mask_token"] if self.how["task"] == "fill-mask" else None
         how = self.how
         self._parts.append(answers(how["task"], outputs, case.mask, how["pooling"], masked, how["problem"]))
+        return self._parts[-1]
 
     def stacked(self) -> dict[str, Array]:
         """All of them, by name; empty when there was none."""
@@ -128,6 +129,11 @@ def spans(starts: Array, ends: Array, mask: Array) -> Array:
     return found
 
 
+def finite(name: str, values: Array) -> bool:
+    """Whether the answers of that name are made of finite numbers, as `answers` gives them."""
+    return bool((values >= 0).all() if name == "span" else np.isfinite(values).all())
+
+
 def metric(given: Answers, expected: Sequence[Any], tags: Sequence[str] = ()) -> tuple[str, float]:
     """The task's own metric of answers, by its name.
 
@@ -178,7 +184,7 @@ def figures(
     (0.01 is a point; negative when it rose). An answer that is not finite makes every figure the worst possible.
     """
     found: dict[str, float] = {}
-    if any(not np.isfinite(value).all() for value in actual.values()) or (actual.get("span", np.zeros(1)) < 0).any():
+    if not all(finite(name, value) for name, value in actual.items()):
         names = {
             "embedding": {"cosine": -1.0, "neighbours": 0.0, "rank": -1.0},
             "logits": {"argmax": 0.0, "kl": 1e308},

@@ -14,7 +14,7 @@ from compiler.backends import BACKENDS
 from compiler.config import ModelSpec, OnnxTargets, Targets, parse
 from compiler.errors import ConfigError, SourceError
 from compiler.modalities import MODALITIES
-from compiler.sources import infer_task, read_config, resolve
+from compiler.sources import has_pooling, infer_task, read_config, resolve
 from compiler.store import write_file, writing
 from compiler.tasks import TASKS, example
 
@@ -110,7 +110,7 @@ def write(
         "source": plain,
         "path": str(output),
     }
-    pools = task == "feature-extraction" and any(file.path == "modules.json" for file in snapshot.files)
+    pools = task == "feature-extraction" and has_pooling(snapshot)
     lengths = ", ".join(str(length) for length in sorted({min(16, limit - 2), min(128, limit - 2)}))
     text = TEMPLATE.format(
         file=output.name,

@@ -371,6 +371,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             **{f"source {file.path}": file.sha256 for file in snapshot.files},
             **{f"step {made.id}": made.key for made in (load, *exports.values(), *validates.values())},
             **({f"step {predict.id}": predict.key} if predict is not None else {}),
+            **({} if named is None else {"calibration file": _portable(named.path), "quantize cpu": spec.quantize.cpu}),
             "compiler": compiler.__version__,
             "data file": "built-in" if spec.data.validation is None else _portable(spec.data.validation.path),
             "name": spec.name,

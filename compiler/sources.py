@@ -271,6 +271,15 @@ def pooling(snapshot: Snapshot, task: str, options: Mapping[str, bool]) -> list[
     return ["mean"]
 
 
+def has_pooling(snapshot: Snapshot) -> bool:
+    """Whether sentence-transformers' files name a pooling behind the encoder."""
+    if all(file.path != "modules.json" for file in snapshot.support):
+        return False
+    entries = _read_json(snapshot.root / "modules.json", "modules.json")
+    modules = entries[1:] if isinstance(entries, list) else []
+    return any(str(module.get("type")).endswith(".Pooling") for module in modules if isinstance(module, dict))
+
+
 def _check_pins(spec: ModelSpec, files: dict[str, File]) -> None:
     for name, pinned in spec.sha256.items():
         if name not in files:

@@ -198,9 +198,13 @@ def check_tags(tags: Any, words: Sequence[str], where: str) -> None:
 
 def finite_number(value: Any, name: str, where: str, line: str) -> float:
     """The number that stands in a field of a line. Raises ConfigError, with what a `line` looks like, where none does."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:  # a whole number of 400 digits
+        number = math.nan
+    if not math.isfinite(number):
         raise ConfigError(f"{where}: field {name!r} is missing or not a number; a line is {line}")
-    return float(value)
+    return number
 
 
 def answer_texts(answers: Any) -> list[str] | None:
@@ -208,8 +212,10 @@ def answer_texts(answers: Any) -> list[str] | None:
     they are none of these."""
     if isinstance(answers, Mapping):  # {"text": […], "answer_start": […]}
         answers = answers.get("text")
-    texts = [answer.get("text") if isinstance(answer, Mapping) else answer for answer in answers or []]
-    if not isinstance(answers, list) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(answers, list):
+        return None
+    texts = [answer.get("text") if isinstance(answer, Mapping) else answer for answer in answers]
+    if not all(isinstance(text, str) for text in texts):
         return None
     return [text for text in texts if text]
 

@@ -59,6 +59,7 @@ def test_what_is_expected(of: Any, given: list[Any], found: list[Any]) -> None:
         (model(labels=2, kind="regression"), [1, "a"], "field 'label' is missing or not a number"),
         (model("feature-extraction"), "close", "field 'score' is missing or not a number"),
         (model("feature-extraction"), float("nan"), "field 'score' is missing or not a number"),
+        (model("feature-extraction"), 10**400, "field 'score' is missing or not a number"),
     ],
 )
 def test_what_the_model_does_not_know(of: Any, given: Any, reason: str) -> None:
@@ -95,7 +96,14 @@ def test_answers_by_what_their_tokens_say(tmp_path: Path, architecture: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("answers", "reason"), [(["Zoe"], "answer 'Zoe' does not stand in the context"), ("Ada", "answers 'Ada'")]
+    ("answers", "reason"),
+    [
+        (["Zoe"], "answer 'Zoe' does not stand in the context"),
+        ("Ada", "answers 'Ada'"),
+        (5, "answers 5 is no list of texts"),
+        (True, "answers True is"),
+        ({"text": 5}, "answers {'text': 5} is no"),
+    ],
 )
 def test_answers_that_are_none(tmp_path: Path, answers: Any, reason: str) -> None:
     folder = save_checkpoint(tmp_path / "checkpoint", "bert", "question-answering")

@@ -20,6 +20,7 @@ from compiler.sources import resolve
 from compiler.tasks import TASKS
 from tests.conftest import Command, error_line
 from tests.hub import Hub
+from tests.releases import add_sentence_files
 
 HEADS = [(task, f"Any{entry.head}") for task, entry in TASKS.items()]
 PROCESSORS = {"image": {"size": 32}, "audio": {"sampling_rate": 16000}, "image-text": {"size": 32}}
@@ -116,6 +117,9 @@ def test_sentence_transformer_is_an_embedding_model(command: Command, tmp_path: 
     assert command("init", "checkpoint").returncode == 0
     assert written(tmp_path / "pipeline.yaml").task == "feature-extraction"
     hint = "    # sentence_embedding: true "
+    assert hint not in (tmp_path / "pipeline.yaml").read_text()
+    add_sentence_files(folder)
+    assert command("init", "checkpoint", "--force").returncode == 0
     assert hint in (tmp_path / "pipeline.yaml").read_text()
     assert command("init", "checkpoint", "--task", "fill-mask", "--force").returncode == 0
     assert hint not in (tmp_path / "pipeline.yaml").read_text()

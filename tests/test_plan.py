@@ -289,3 +289,8 @@ def test_what_shapes_int8_changes_int8_alone(bert: Path, tmp_path: Path) -> None
     cpus = [quantized(bert, tmp_path, quantize={"cpu": name}) for name in ("avx2", "avx512_vnni")]
     assert [one.bits for one in cpus] == [7, 8]
     assert changed(*cpus) == {"calibrate", "predict", *made}
+    # What shapes the manifest and nothing else.
+    assert changed(cpus[0], quantized(bert, tmp_path, quantize={"cpu": "avx512"})) == {"package"}
+    (tmp_path / "other.jsonl").write_bytes((tmp_path / "c.jsonl").read_bytes())
+    other = {"calibration": {"path": str(tmp_path / "other.jsonl"), "samples": 16}}
+    assert changed(before, quantized(bert, tmp_path, data=other)) == {"package"}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from compiler.accuracy import Answers, answers, problem
-from compiler.errors import ConfigError
+from compiler.errors import ConfigError, StageError
 from compiler.quantization.layers import LAYERS, QuantizedTable, digest, save
 from compiler.quantization.rounding import Emulation, Group, quantize
 from compiler.samples import batch_size, masked_places, together, without_spaces
@@ -33,6 +33,10 @@ MAX_ROWS, MAX_BYTES = 4096, 1 << 30
 EXCERPT = 4
 # A layer with less than this share of the multiply-adds is not worth an error.
 LEAST_SHARE = 0.005
+# Why layers are none.
+NO_INPUT = "its input is not finite on calibration text"
+NO_ANSWERS = "in int8 it makes answers that are not finite"
+DAMAGED = "the original itself is not finite on text of data.calibration; the checkpoint is damaged"
 # In bytes, as float32: smaller embeddings are not worth more operators.
 TABLE = 2**20
 
@@ -110,12 +114,14 @@ def calibrate(
     if all(text.places is not None and not text.places.any() for text in trial):
         raise ConfigError("data.calibration: no masked word stands within what the model takes of a text; give shorter ones")
     before = answer(model, trial, pooling, soft=True)
+    if not all(np.isfinite(value).all() for value in before.values()):
+        raise StageError(DAMAGED)
     described = []
     for group in groups:
         with emulation.applied(group.names):
             error = departure(before, answer(model, trial, pooling, soft=True))
         if not np.isfinite(error):
-            left |= dict.fromkeys(group.names, "in int8 it makes answers that are not finite")
+            left |= dict.fromkeys(group.names, NO_ANSWERS)
             continue
         described.append(
             {
@@ -240,16 +246,18 @@ def collect(module: torch.nn.Module, texts: Sequence[Text]) -> tuple[list[Group]
         for name, part in linears.items():
             if id(part.weight) in own_elsewhere:
                 left[name] = f"its weights are {own_elsewhere[id(part.weight)]}'s too"
-    together: dict[int, list[str]] = {}
-    kept: list[torch.Tensor] = []
-    token_rows: dict[str, list[bool]] = {}
+    kept: dict[str, list[torch.Tensor]] = {}  # for as long as they are told apart by their ids
+    token_rows: dict[str, list[bool | None]] = {}
     mask = _flat(texts[0].mask)
 
     def first(name: str) -> Callable[..., None]:
         def hook(part: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            kept.append(arguments[0])  # or another tensor may get its id
-            together.setdefault(id(arguments[0]), []).append(name)
-            token_rows.setdefault(name, []).append(arguments[0].dim() == 3 and arguments[0].shape[:2] == mask.shape)
+            kinds = token_rows.setdefault(name, [])
+            if not arguments:
+                kinds.append(None)
+                return
+            kept.setdefault(name, []).append(arguments[0])
+            kinds.append(arguments[0].dim() == 3 and arguments[0].shape[:2] == mask.shape)
 
         return hook
 
@@ -257,15 +265,19 @@ def collect(module: torch.nn.Module, texts: Sequence[Text]) -> tuple[list[Group]
         module(**texts[0].inputs)
     left |= {name: "the model does not use it" for name in linears if name not in token_rows}
     for name, kinds in token_rows.items():
-        if not any(kinds):
+        if None in kinds:
+            left[name] = "its input is given by keyword"
+        elif not any(kinds):
             left[name] = "it sees no token's row, such as one row a text, which is no work"
         elif not all(kinds):
             left[name] = "it sees what is no token's row as well, such as positions"
     groups: list[Group] = []
     of: dict[str, Group] = {}
-    for given in together.values():
-        names = tuple(name for name in dict.fromkeys(given) if name not in left and name not in of)
-        if names:
+    together: dict[tuple[int, ...], list[str]] = {}
+    for name, given in kept.items():
+        together.setdefault(tuple(map(id, given)), []).append(name)
+    for alike_given in together.values():
+        if names := tuple(name for name in alike_given if name not in left):
             width = linears[names[0]].in_features
             groups.append(Group(names, torch.full((width,), np.inf), torch.full((width,), -np.inf)))
             of |= dict.fromkeys(names, groups[-1])
@@ -296,7 +308,7 @@ def collect(module: torch.nn.Module, texts: Sequence[Text]) -> tuple[list[Group]
             seen += int(mask.sum())
     for group in groups:
         if not (torch.isfinite(group.low).all() and torch.isfinite(group.high).all()):
-            left |= dict.fromkeys(group.names, "its input is not finite on calibration text")
+            left |= dict.fromkeys(group.names, NO_INPUT)
     return [group for group in groups if group.names[0] not in left], left
 
 

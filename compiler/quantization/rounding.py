@@ -27,8 +27,8 @@ from compiler.quantization.layers import QuantizedLinear, digest
 # Of an input's rows, what SmoothQuant's exponent is chosen on.
 TRIAL_ROWS = 768
 EXPONENTS = (0.0, 0.6, 0.8, 0.9, 1.0)
-# Of so many channels one may be given once more, if that makes this of the error: columns cost time. How many are so wide that
-# weights are narrowed for them, and how often one of these is given at most.
+# Of so many channels one may be given once more, if that makes this of the error: columns cost time. Besides, how many are so
+# wide that weights are narrowed for them, and how often one of these is given at most.
 COLUMNS, WORTH = 32, 0.67
 WIDE, TIMES = 8, 16
 # The share that GPTQ leaves of the error of weights that are rounded to the nearest: 0.1 to 0.8 was measured.

@@ -149,7 +149,7 @@ class _Trials:
             **({"missed": verdict} if failed else {}),
         }
         self.told.append(self._rows[number])
-        shown = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
+        shown = ", ".join(f"{name} {figure:{'.4f' if figure < 1e4 else '.2g'}}" for name, figure in figures.items())
         milliseconds = f", {entry.info['milliseconds'] / 1e3:.1f} s for all texts"
         embeddings = " and embeddings" if inside & self._tables else ""
         amount = f"{len(inside - self._tables)} of {len(every - self._tables)} layers{embeddings}"

@@ -17,16 +17,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiler.accuracy import ANSWER, Answering, figures, problem, tag_names
+from compiler.accuracy import ANSWER, Answering, figures, finite, problem, tag_names
 from compiler.embedding import with_sentence_embedding
-from compiler.errors import SourceError, StageError
+from compiler.errors import ConfigError, SourceError, StageError
 from compiler.expected import check_evidence, expected
 from compiler.hashing import hash_files
 from compiler.modalities import MODALITIES
 from compiler.numerics import ELEMENTS, Case, rows
 from compiler.samples import ACCURACY, LEFT, MAX_ACCURACY_LINES, accuracy_cases, read_cases
 from compiler.sources import pooling, read_config
-from compiler.tasks import TASKS
+from compiler.tasks import EXPECTED, TASKS
 from compiler.types import Model, Signature, Snapshot, Tensor
 from compiler.workers import LOAD_THREADS
 
@@ -361,7 +361,7 @@ def reference(
         accurate: whether texts' answers are wanted too: for int8.
 
     Raises:
-        ConfigError: a label is none of the model's, or not of the kind that it gives.
+        ConfigError: a label is none of the model's, or not of the kind that it gives; or the model is right about none.
         StageError: an output of the original is not finite, so nothing can be held against it.
         Also what `load` and `cases` raise.
     """
@@ -405,6 +405,12 @@ def reference(
             "tags": tag_names(model),
         }
     own = _write_reference(out, answered(), described.outputs, keep, answering)
+    judged = figures(own, own, told, tag_names(model)) if accurate else {}
+    if labels and any(judged.get(name) == 0 for name in ("accuracy", "f1", "exact_match")):
+        raise ConfigError(
+            f"{labels[0][0].rpartition(':')[0]}: the original itself gets nothing right of what its lines expect, so nothing "
+            f"could be lost; correct their {EXPECTED[task]}, or leave it out"
+        )
     samples = {f"{number:03d}.{name}": value for number, case in enumerate(counted) for name, value in case.inputs.items()}
     for number, case in enumerate(counted):
         for kind, values in (("counts", case.counts), ("real", case.real)):
@@ -417,7 +423,7 @@ def reference(
         "answering": answering,
         "layers": quantizable(model) if accurate else [],
         "labels": told,
-        "judged": [*figures(own, own, told, tag_names(model)), *ELEMENTS] if accurate else [],
+        "judged": [*judged, *ELEMENTS] if accurate else [],
         "left_out": list(model.left_out),
         "note": made.note,
         "positions": model.positions,
@@ -461,20 +467,25 @@ def _write_reference(
     texts = Answering(answering)
     for number, (case, answers) in enumerate(answered):
         if case.name == ACCURACY:
-            texts.add(case, answers)
+            for name, value in texts.add(case, answers).items():
+                if not finite(name, value):
+                    raise StageError(_not_finite(name, case))
             continue
         for tensor in outputs:
             cut = rows(answers[tensor.name], tensor, case, keep[tensor.name])
             values = np.where(cut.real, cut.values, 0.0).astype(np.float32)
             if not np.isfinite(values).all():
-                raise StageError(
-                    f"the original itself gives {tensor.name} that is not finite on sample {case.name!r} "
-                    f"{case.shape}; the checkpoint is damaged"
-                )
+                raise StageError(_not_finite(tensor.name, case))
             expected[f"{number:03d}.{tensor.name}"] = values
     own = texts.stacked()
     save_file({**expected, **{f"{ANSWER}{name}": value for name, value in own.items()}}, str(out / REFERENCE))
     return own
+
+
+def _not_finite(name: str, case: Case) -> str:
+    return (
+        f"the original itself gives {name} that is not finite on sample {case.name!r} {case.shape}; the checkpoint is damaged"
+    )
 
 
 def _own_support(model: Model, snapshot: Snapshot, out: Path) -> list[str]:

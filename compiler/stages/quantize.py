@@ -46,7 +46,12 @@ def calibrate(
     samples, held = with_masks(model, samples), with_masks(model, held)
     known = calibration.calibrate(out, model, samples, held, pooling(snapshot, task, options), bits)
     if not known["groups"]:
-        raise StageError("the model has no linear layer that int8 would make faster; leave int8 out of targets:")
+        reasons = set(known["left"].values())
+        if calibration.NO_INPUT in reasons:
+            raise StageError(calibration.DAMAGED)
+        name = next((name for name, reason in known["left"].items() if reason == calibration.NO_ANSWERS), "")
+        why = f"can be int8: {name}: {calibration.NO_ANSWERS}" if name else "would be faster in int8"
+        raise StageError(f"no linear layer of the model {why}; leave int8 out of targets:")
     shaped = set(samples)
     others = [text for text in held if text not in shaped]
     notes = [shortened(model, [*samples, *others], "calibration")]
@@ -182,8 +187,8 @@ def faster(
 
 
 def times_as_fast(quickest: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """How many times as fast the first is as the second: `all`, a batch of each shape one after the other, and of each by
-    itself."""
+    """How many times as fast the first is as the second: `all`, a batch of each shape that `timed` chose one after the
+    other, and of each by itself."""
     own, other = (sum(times) for times in zip(*quickest.values(), strict=True))
     return {"all": other / own, **{name: theirs / ours for name, (ours, theirs) in quickest.items()}}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,10 +228,10 @@ def test_embeddings_are_int8_while_the_budget_holds(
 @pytest.mark.parametrize(
     ("task", "line", "named"),
     [
-        ("question-answering", {"question": "Who?", "context": "{} and Ben.", "answers": ["Ben"]}, "exact_match"),
+        ("question-answering", {"question": "Who?", "context": "{} and Ben.", "answers": ["number"]}, "exact_match"),
         ("feature-extraction", {"text": "{} reads", "text_pair": "somebody reads", "score": "{}"}, "spearman"),
         ("text-classification", {"text": "{} reads", "label": 0}, "accuracy"),
-        ("token-classification", {"tokens": ["{} ", "reads"], "tags": ["LABEL_1", 0]}, "f1"),
+        ("token-classification", {"tokens": ["{} ", "reads"], "tags": ["LABEL_6", 2]}, "f1"),
     ],
 )
 def test_the_tasks_own_metric(
@@ -249,6 +250,71 @@ def test_the_tasks_own_metric(
     for tried in build.predict().info["tried"]:
         assert set(tried["figures"]) >= {named, "drop"}
     assert len(build.load().info["labels"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "line"),
+    [
+        ("text-classification", {"problem_type": "multi_label_classification"}, {"text": "{} reads", "label": []}),
+        ("question-answering", {}, {"question": "Who?", "context": "{} " + "and " * 80 + "Ben.", "answers": ["Ben"]}),
+        ("token-classification", {}, {"tokens": ["{} ", "reads"], "tags": ["LABEL_1", 0]}),
+    ],
+)
+def test_labels_of_which_none_is_right(
+    command: Command, tmp_path: Path, task: str, settings: dict[str, Any], line: dict[str, Any]
+) -> None:
+    """The metric is 0 of the original, and no file could lose any of it."""
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", "bert", task, **settings)
+    path = pipeline(tmp_path, checkpoint, task=task, budget={}, data={
+        "validation": {"path": "validation.jsonl"}, "calibration": {"path": "more.jsonl", "samples": 16}
+    })  # fmt: skip
+    for name, start in (("validation", 0), ("more", 20)):
+        lines = [json.dumps(line).replace("{}", f"number {start + row}", 1) for row in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    message = error_line(command(path))
+    assert (
+        f"load: data.validation: {tmp_path / 'validation.jsonl'}: the original itself gets nothing right of what " in message
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("validation", "load: the original itself gives embedding that is not finite on sample 'accuracy"),
+        ("samples", "calibrate: the original itself is not finite on text of data.calibration; the checkpoint is damaged"),
+        ("held", "calibrate: the original itself is not finite on text of data.calibration; the checkpoint is damaged"),
+    ],
+)
+def test_an_original_that_is_not_finite(command: Command, tmp_path: Path, bert: Path, place: str, message: str) -> None:
+    """On text that nothing but int8 looks at: int8 is not what is to blame."""
+    checkpoint = Path(shutil.copytree(bert, tmp_path / "checkpoint"))
+    weights = load_file(checkpoint / "model.safetensors")
+    pieces = json.loads((checkpoint / "tokenizer.json").read_text())["model"]["vocab"]
+    weights["embeddings.word_embeddings.weight"][pieces["q"]] = np.nan
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    words = [f"{a}{b}" for a in "abcdefghij" for b in "klmnoprstuvwxyz"]
+    (tmp_path / "validation.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"{one} {two}"}) for one in words[:30] for two in words[30:40])
+        + ('\n{"text": "q"}' if place == "validation" else "")
+    )
+    path = pipeline(tmp_path, checkpoint, data={
+        "validation": {"path": "validation.jsonl"}, "calibration": {"path": "calibration.jsonl", "samples": 32}
+    })  # fmt: skip
+    lines = [f"{one} {two}" for one in words[:20] for two in words[50:60]]
+    (tmp_path / "calibration.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in lines))
+    if place != "validation":
+        chosen = plan_model(read(path).models[0], tmp_path).calibration
+        assert chosen is not None
+        (text,) = (chosen.samples if place == "samples" else chosen.held)[3]
+        # Where a text stands is drawn by what it says, so this must be looked for.
+        for number in range(2000):
+            lines[lines.index(text)] = text = f"q {number}"
+            (tmp_path / "calibration.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in lines))
+            chosen = plan_model(read(path).models[0], tmp_path).calibration
+            assert chosen is not None
+            if (text,) in (chosen.samples if place == "samples" else chosen.held):
+                break
+    assert message in error_line(command(path))
 
 
 def test_what_happens_to_the_users_text_is_told(tmp_path: Path, bert: Path, context: tuple[Context, list[Event]]) -> None:

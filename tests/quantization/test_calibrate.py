@@ -216,6 +216,30 @@ def test_layers_that_are_no_candidates(length: int) -> None:
     }
 
 
+class Again(torch.nn.Module):
+    """Layers that share an input, of which one is run on another as well, and one is given its by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.table = torch.nn.Embedding(20, 6)
+        self.one, self.other, self.again, self.named = (torch.nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(input_ids)
+        found: torch.Tensor = self.one(x) + self.other(x) + self.again(x) + self.again(100 * x) + self.named(input=x)
+        return found
+
+
+def test_ranges_are_those_of_every_input() -> None:
+    ids = torch.arange(20).reshape(4, 5)
+    module = Again()
+    groups, left = collect(module, [Text({"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool), (0, 1, 2, 3), None)])
+    assert [group.names for group in groups] == [("one", "other"), ("again",)]
+    assert torch.equal(groups[1].high, 100 * module.table.weight.amax(dim=0))
+    assert left == {"named": "its input is given by keyword"}
+
+
 def test_departure_is_in_units_of_the_variance() -> None:
     before = np.random.default_rng(1).standard_normal((2000, 5)) * 7
     assert departure({"logits": before}, {"logits": before + 0.7}) == pytest.approx(0.01, rel=0.05)
