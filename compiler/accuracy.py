@@ -181,9 +181,12 @@ def figures(
     largest element; where each label is for itself, with the same labels above 1/2. `kl`: the mean of KL(original ||
     artifact) of their softmax, nats; where each label is for itself, the sum over them. `spans`: the share of answers with
     the same start and end. With `labels`, the task's `metric` (of words by their `tags`), and `drop`, by how much that fell
-    (0.01 is a point; negative when it rose). An answer that is not finite makes every figure the worst possible.
+    (0.01 is a point; negative when it rose; none where the original's is 0). An answer that is not finite makes every figure
+    the worst possible.
     """
     found: dict[str, float] = {}
+    # Of nothing, nothing can be lost: no evidence is no pass.
+    was = 0.0 if labels is None else metric(reference, labels, tags)[1]
     if not all(finite(name, value) for name, value in actual.items()):
         names = {
             "embedding": {"cosine": -1.0, "neighbours": 0.0, "rank": -1.0},
@@ -192,7 +195,7 @@ def figures(
             "scores": {"rank": -1.0},
         }
         found = {name: worst for kind in actual for name, worst in names.get(kind, {"spans": 0.0}).items()}
-        return found if labels is None else {**found, "drop": 1.0}
+        return {**found, "drop": 1.0} if was else found
     if "embedding" in reference:
         before, after = reference["embedding"], actual["embedding"]
         found["cosine"] = float(cosine(before, after).min())
@@ -219,7 +222,7 @@ def figures(
         found["spans"] = float((reference["span"] == actual["span"]).all(axis=1).mean())
     if labels is not None:
         name, now = metric(actual, labels, tags)
-        found |= {name: now, "drop": metric(reference, labels, tags)[1] - now}
+        found |= {name: now, "drop": was - now} if was else {name: now}
     return found
 
 

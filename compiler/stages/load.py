@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.accuracy import ANSWER, Answering, figures, finite, problem, tag_names
 from compiler.embedding import with_sentence_embedding
-from compiler.errors import ConfigError, SourceError, StageError
+from compiler.errors import SourceError, StageError
 from compiler.expected import check_evidence, expected
 from compiler.hashing import hash_files
 from compiler.modalities import MODALITIES
@@ -361,7 +361,7 @@ def reference(
         accurate: whether texts' answers are wanted too: for int8.
 
     Raises:
-        ConfigError: a label is none of the model's, or not of the kind that it gives; or the model is right about none.
+        ConfigError: a label is none of the model's, or not of the kind that it gives.
         StageError: an output of the original is not finite, so nothing can be held against it.
         Also what `load` and `cases` raise.
     """
@@ -406,10 +406,10 @@ def reference(
         }
     own = _write_reference(out, answered(), described.outputs, keep, answering)
     judged = figures(own, own, told, tag_names(model)) if accurate else {}
-    if labels and any(judged.get(name) == 0 for name in ("accuracy", "f1", "exact_match")):
-        raise ConfigError(
-            f"{labels[0][0].rpartition(':')[0]}: the original itself gets nothing right of what its lines expect, so nothing "
-            f"could be lost; correct their {EXPECTED[task]}, or leave it out"
+    notes = [made.note]
+    if told and accurate and "drop" not in judged:
+        notes.append(
+            f"the original gets nothing right of what data.validation expects, so its field {EXPECTED[task]} judges nothing"
         )
     samples = {f"{number:03d}.{name}": value for number, case in enumerate(counted) for name, value in case.inputs.items()}
     for number, case in enumerate(counted):
@@ -425,7 +425,7 @@ def reference(
         "labels": told,
         "judged": [*judged, *ELEMENTS] if accurate else [],
         "left_out": list(model.left_out),
-        "note": made.note,
+        "note": "; ".join(filter(None, notes)),
         "positions": model.positions,
         "signature": asdict(described),
         "support": _own_support(model, snapshot, out),

@@ -261,20 +261,28 @@ def test_the_tasks_own_metric(
     ],
 )
 def test_labels_of_which_none_is_right(
-    command: Command, tmp_path: Path, task: str, settings: dict[str, Any], line: dict[str, Any]
+    tmp_path: Path, context: tuple[Context, list[Event]], task: str, settings: dict[str, Any], line: dict[str, Any]
 ) -> None:
-    """The metric is 0 of the original, and no file could lose any of it."""
+    """The metric is 0 of the original, and no file could lose any of it: no pass, and an error where it is asked for."""
     checkpoint = save_checkpoint(tmp_path / "checkpoint", "bert", task, **settings)
-    path = pipeline(tmp_path, checkpoint, task=task, budget={}, data={
-        "validation": {"path": "validation.jsonl"}, "calibration": {"path": "more.jsonl", "samples": 16}
-    })  # fmt: skip
+    data = {"validation": {"path": "validation.jsonl"}, "calibration": {"path": "more.jsonl", "samples": 16}}
     for name, start in (("validation", 0), ("more", 20)):
         lines = [json.dumps(line).replace("{}", f"number {start + row}", 1) for row in range(20)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    message = error_line(command(path))
-    assert (
-        f"load: data.validation: {tmp_path / 'validation.jsonl'}: the original itself gets nothing right of what " in message
-    )
+
+    def made(**budget: float) -> Build:
+        path = pipeline(tmp_path, checkpoint, task=task, budget={"int8": budget}, data=data)
+        build = Build(plan_model(read(path).models[0], tmp_path), context[0])
+        build.log.parent.mkdir(parents=True, exist_ok=True)
+        return build
+
+    build = made()
+    loaded, field = build.load().info, list(line)[-1]
+    assert loaded["note"].endswith(f"gets nothing right of what data.validation expects, so its field {field} judges nothing")
+    assert "drop" not in loaded["judged"]
+    assert all("drop" not in tried["figures"] for tried in build.predict().info["tried"])
+    with pytest.raises(ConfigError, match=r"budget\.int8\.drop: int8 has no such figure"):
+        made(drop=0.01).load()
 
 
 @pytest.mark.parametrize(
