@@ -90,6 +90,7 @@ def calibrate(
 
     Returns:
         `groups`: of each group of layers its `names`, `cost` (share of the multiply-adds of all layers that could be int8),
+        `columns` (of its int8 product, to one of the input's channels: above 1 where some are given more than once),
         `outputs` (the width of all its layers' results together), `error` (the mean squared error of the answers when this
         group alone is int8, in units of their variance; see `departure`); `tables`, the names of the embeddings; `left`: by
         layer's name, why it is no candidate.
@@ -127,6 +128,7 @@ def calibrate(
             {
                 "names": list(group.names),
                 "cost": _work(module, group) / total,
+                "columns": by_name[group.names[0]].weight.shape[1] / by_name[group.names[0]].inputs,
                 "outputs": sum(by_name[name].outputs for name in group.names),
                 "error": error,
             }

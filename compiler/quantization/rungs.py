@@ -68,8 +68,8 @@ def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[
 
 
 def cost(groups: Sequence[Mapping[str, Any]], rest: str, format: str, out: Collection[str]) -> float:
-    """The static cost of a plan that leaves layers `out`: 1 would be all multiply-adds in int8 and inputs that are so already.
-    Of a group of which some stay in, each has its share."""
+    """The static cost of a plan that leaves layers `out`: 1 would be all multiply-adds in int8, with no channel given more than
+    once, and inputs that are so already. Of a group of which some stay in, each has its share."""
     found = 0.0
     for group in groups:
         left = sum(name in out for name in group["names"]) / len(group["names"])
@@ -78,7 +78,7 @@ def cost(groups: Sequence[Mapping[str, Any]], rest: str, format: str, out: Colle
 
 
 def _inside(group: Mapping[str, Any], format: str) -> float:
-    return float(group["cost"] * (1 + QUANTIZING[format] / group["outputs"]))
+    return float(group["cost"] * group["columns"] * (1 + QUANTIZING[format] / group["outputs"]))
 
 
 def _outside(group: Mapping[str, Any], rest: str) -> float:

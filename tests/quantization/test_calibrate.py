@@ -60,6 +60,9 @@ def test_every_layer_is_described(model: Model, calibrated: tuple[dict[str, Any]
     assert [f"{attention}.{part}" for part in ("query", "key", "value")] in [group["names"] for group in known["groups"]]
     assert sum(group["cost"] for group in known["groups"]) == pytest.approx(1)
     assert all(0 < group["error"] < 0.05 for group in known["groups"])
+    for group in known["groups"]:
+        weight = layers.by_name[group["names"][0]].weight
+        assert group["columns"] == weight.shape[1] / dict(linears(model))[group["names"][0]].in_features
     for name, layer in layers.by_name.items():
         assert layer.digest == digest(linears(model)[name].weight.detach().numpy())
         assert np.abs(layer.weight).max() <= 127

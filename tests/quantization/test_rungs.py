@@ -13,10 +13,10 @@ from compiler.quantization.rungs import COST, GUESSES, QUANTIZING, bearable, cli
 from compiler.types import Check
 
 GROUPS: list[dict[str, Any]] = [
-    {"names": ["a.query", "a.key"], "cost": 0.5, "outputs": 4000, "error": 0.1},  # 0.2 an unit of work
-    {"names": ["b"], "cost": 0.25, "outputs": 4000, "error": 0.4},  # 1.6
-    {"names": ["c"], "cost": 0.125, "outputs": 4000, "error": 0.1},  # 0.8
-    {"names": ["d"], "cost": 0.125, "outputs": 4000, "error": 0.1},  # 0.8, after c by its name
+    {"names": ["a.query", "a.key"], "cost": 0.5, "columns": 1.0, "outputs": 4000, "error": 0.1},  # 0.2 an unit of work
+    {"names": ["b"], "cost": 0.25, "columns": 1.0, "outputs": 4000, "error": 0.4},  # 1.6
+    {"names": ["c"], "cost": 0.125, "columns": 1.0, "outputs": 4000, "error": 0.1},  # 0.8
+    {"names": ["d"], "cost": 0.125, "columns": 1.0, "outputs": 4000, "error": 0.1},  # 0.8, after c by its name
 ]
 
 
@@ -51,6 +51,18 @@ def test_a_narrow_layer_is_worth_less() -> None:
     rungs = ladder([*GROUPS, narrow, none], "bf16", "torchscript")
     assert [rung.out for rung in rungs[:3]] == [("f",), ("e", "f"), ("b", "e", "f")]
     assert ladder([none], "bf16", "torchscript")[0].int8 == ("f",)  # as long as there is another
+
+
+def test_channels_that_are_given_more_than_once_are_work() -> None:
+    """A product that is 1.6 times as wide saves the less: it leaves int8 before one that costs the same accuracy."""
+    once, twice = {**GROUPS[1], "names": ["e"]}, {**GROUPS[1], "names": ["z"], "columns": 1.6}
+    rungs = ladder([once, twice], "bf16", "openvino")
+    assert [rung.out for rung in rungs] == [(), ("z",)]
+    inside = 1 + QUANTIZING["openvino"] / 4000
+    assert cost([once, twice], "bf16", "openvino", ()) == pytest.approx(1.3 * inside, abs=1e-4)
+    assert cost([once, twice], "bf16", "openvino", ("z",)) == pytest.approx(0.5 * inside + 0.5 * COST["bf16"], abs=1e-4)
+    useless = {**GROUPS[1], "names": ["u"], "columns": 2.0, "error": 0.0}
+    assert all("u" in rung.slow for rung in ladder([once, useless], "bf16", "openvino")), "as slow as bf16"
 
 
 def falling(count: int) -> list[float]:
