@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from compiler.accuracy import CHOICE, MAX_SPAN, Answering, answers, embed, figures, problem, spans, tag_names
+from compiler.accuracy import CHOICE, MAX_SPAN, RIVALS, TIE, Answering, answers, embed, figures, problem, spans, tag_names
 from compiler.config import DEFAULT_LIMITS
 from compiler.metrics import spearman
 from compiler.numerics import Case, judge
@@ -61,10 +61,49 @@ def test_figures_of_embeddings() -> None:
     assert set(figures({"embedding": before[1:]}, {"embedding": after[1:]})) == {"cosine"}
 
 
+def noisy(before: Array, loud: float) -> Array:
+    after = before + loud * unit(len(before), before.shape[1])
+    result: Array = after / np.linalg.norm(after, axis=1, keepdims=True)
+    return result
+
+
+@pytest.mark.parametrize("count", [LEAST_TEXTS, 40])
+def test_what_is_to_be_expected_by_brute_force(count: int) -> None:
+    """Of each pair of texts: does the one keep its nearest if its similarities depart as the other's do?"""
+    before = unit(count)
+    before[1] = before[0]  # no other text
+    after = noisy(before, 0.2)
+    similar, since = before @ before.T, after @ after.T
+    nearest = [
+        [j for j in np.argsort(-similar[i], kind="stable") if j != i and {i, j} != {0, 1}][: RIVALS + 1] for i in range(count)
+    ]
+    kept = []
+    for (i, own), (t, theirs) in itertools.product(enumerate(nearest), repeat=2):
+        margins = [similar[i, own[0]] - similar[i, rival] for rival in own[1:]]
+        moved = [(since[t, rival] - similar[t, rival]) - (since[t, theirs[0]] - similar[t, theirs[0]]) for rival in theirs[1:]]
+        kept.append(all(margin <= TIE or by <= margin for margin, by in zip(margins, moved, strict=True)))
+    found = figures({"embedding": before}, {"embedding": after})
+    assert found["neighbours_expected"] == pytest.approx(np.mean(kept), abs=1e-9)
+    assert 0.2 < found["neighbours_expected"] < 0.95
+
+
+def test_what_is_to_be_expected_is_what_is_found_on_average() -> None:
+    """Of many sets of texts both shares have the same mean, and the one that is expected differs less."""
+    shares = []
+    for _ in range(60):
+        before = unit(100, 16)
+        found = figures({"embedding": before}, {"embedding": noisy(before, 0.05)})
+        shares.append([found["neighbours"], found["neighbours_expected"]])
+    (mean, expected), (spread, steady) = np.mean(shares, axis=0), np.std(shares, axis=0)
+    assert 0.8 < mean < 0.95
+    assert expected == pytest.approx(mean, abs=0.012)
+    assert steady < 0.75 * spread
+
+
 def test_of_equal_answers_nothing_is_lost() -> None:
     rows = unit(20)
     same = figures({"embedding": rows}, {"embedding": rows})
-    assert same == pytest.approx({"cosine": 1, "neighbours": 1, "rank": 1})
+    assert same == pytest.approx({"cosine": 1, "neighbours": 1, "neighbours_expected": 1, "rank": 1})
     assert figures({"logits": rows}, {"logits": rows}) == {"argmax": 1, "kl": 0}
 
 
@@ -287,5 +326,6 @@ def test_an_answer_that_is_not_finite_passes_nothing(kind: str, bad: float) -> N
     assert set(found) == set(whole) - {"accuracy", "exact_match", "f1", "spearman"}
     limits = DEFAULT_LIMITS["int8"].model_copy(update={"rank": 0.5, "kl": 1.0})
     worst = dict.fromkeys(found, "")
-    assert not any(check.passed for check in judge({"answers": {"figures": found, "worst": worst}}, limits))
-    assert len(judge({"answers": {"figures": found, "worst": worst}}, limits)) == len(found)
+    checks = judge({"answers": {"figures": found, "worst": worst}}, limits, expected=True)
+    assert not any(check.passed for check in checks)
+    assert len(checks) == len(found)

@@ -68,7 +68,7 @@ def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[
 
 
 def cost(groups: Sequence[Mapping[str, Any]], rest: str, format: str, out: Collection[str]) -> float:
-    """The static cost of a plan that leaves layers `out`: 1 would be all multiply-adds in int8, with no channel given more than
+    """The static cost of a plan that leaves layers `out`: 1 would be all multiply-adds in int8, no channel given more than
     once, and inputs that are so already. Of a group of which some stay in, each has its share."""
     found = 0.0
     for group in groups:

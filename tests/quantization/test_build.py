@@ -136,7 +136,8 @@ def test_where_a_search_starts(tmp_path: Path, bert: Path, context: tuple[Contex
     for tried in found["tried"]:
         error = rungs[tuple(tried["out"])]
         lost = {name: 1 - figure for name, figure in tried["figures"].items()}
-        shares = [0.001 / lost["cosine"], (0.1 / lost["neighbours"]) ** 2 if lost["neighbours"] else 1e9]
+        shares = [0.001 / lost["cosine"]]
+        shares += [(0.1 / lost[name]) ** 2 for name in ("neighbours", "neighbours_expected") if lost[name]]
         expected.append(min(error * min(shares), max(rungs.values())))
     assert len(expected) == 2
     assert found["bears"] == pytest.approx(np.sqrt(expected[0] * expected[1]), rel=0.02)
@@ -448,6 +449,28 @@ def test_what_the_rest_alone_misses_in_elements_is_told(
     path = pipeline(tmp_path, bert, budget={"int8": {**WIDE, "max_abs": 1e-9}})
     with pytest.raises(NumericsError, match=r"; fp32 alone, without an int8 layer, has max_abs \S+, its limit is 1e-09, "):
         build_model(plan_model(read(path).models[0], tmp_path), context[0])
+
+
+def test_what_passes_by_chance_is_not_taken(
+    tmp_path: Path, bert: Path, context: tuple[Context, list[Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search is held to the neighbours that are to be expected, too; a plan that was given to what was measured alone."""
+    build = Build(plan_model(read(pipeline(tmp_path, bert, budget={})).models[0], tmp_path), context[0])
+    group = {"names": ["a"], "cost": 1.0, "columns": 1.0, "outputs": 1000, "error": 0.1}
+    calibrated: Any = SimpleNamespace(info={"groups": [group], "tables": []})
+    reference: Any = None
+    trials = search._Trials(build, Target("openvino", "int8", None), reference, calibrated, [Rung(0, (), ("a",), 0.1)])
+    figures = {"cosine": 0.99, "neighbours": 0.96, "neighbours_expected": 0.94, "rank": 0.99}
+    outputs = {"answers": {"figures": figures, "worst": dict.fromkeys(figures, "")}}
+    entry = SimpleNamespace(info={"outputs": outputs, "int8": ["a"], "milliseconds": 1.0})
+    monkeypatch.setattr(trials, "_measured", lambda number, whole: entry)
+    passed, bears = trials.measure(0)
+    assert not passed
+    assert bears == pytest.approx(0.1 * (0.05 / 0.06) ** 2)
+    assert trials.told[0]["missed"] == "neighbours_expected misses 0.95 by 0.01"
+    assert trials.closest()[0].startswith("1 of 1 layers: neighbours_expected 0.94, its limit is 0.95, ")
+    trials.searching = False
+    assert trials.measure(0)[0]
 
 
 class _Told:
