@@ -40,7 +40,8 @@ class Rung:
 def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[Rung]:
     """The rungs, the cheapest first; the last has one group in int8. `groups` are what `calibrate` described.
 
-    Groups whose input takes longer to quantize than int8 saves are never in int8, as long as there is another.
+    Groups whose input takes longer to quantize, and to multiply channels more than once, than int8 saves are never in int8, as
+    long as there is another.
     """
     names = [name for group in groups for name in group["names"]]
 

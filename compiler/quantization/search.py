@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.errors import ConfigError, NumericsError, SlowError, meant
 from compiler.hashing import hash_folder
-from compiler.numerics import ELEMENTS, judge
+from compiler.numerics import ELEMENTS, EXPECTED, judge
 from compiler.quantization.rungs import Rung, bearable, climb, cost, first, ladder, room
 from compiler.stages.load import REFERENCE, SAMPLES
 from compiler.stages.quantize import CLOSE, FASTER, LOOKS, faster, rung, settle, times_as_fast
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Why layers are left out of a plan that was searched for, with their error, and embeddings.
 LAYER_LEFT = "the budget: it costs the most accuracy for the work that it saves (error {:.2g}, with the layers of its input)"
-TABLE_LEFT = "the budget: with it in int8 as well, the plan that was found misses it"
+TABLE_LEFT = "the budget: with it in int8 as well, the plan that was found does not pass"
 
 
 def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
@@ -48,9 +48,10 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     groups, rest = calibrated.info["groups"], plan.rest_of(target)
     tables = tuple(calibrated.info["tables"])
     rungs = ladder(groups, rest, target.format)
-    trials = _Trials(build, target, reference, calibrated, [replace(rung, out=rung.out + tables) for rung in rungs])
+    whole = [replace(rung, out=rung.out + tables) for rung in rungs]
+    # Of many plans some pass by chance: what is searched for is held to what is to be expected as well.
+    trials = _Trials(build, target, reference, calibrated, whole, searching=named is None)
     if named is not None:
-        trials.searching = False
         trials.rungs = [_given(named, rungs[0], calibrated.info, f"{spec}: quantize.plan.{target.format}")]
         found = 0 if trials.measure(0)[0] else None
     else:
@@ -72,7 +73,9 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     chosen = trials.rungs[found]
     kept = dict.fromkeys(chosen.out, TABLE_LEFT)
     kept |= {name: LAYER_LEFT.format(group["error"]) for group in groups for name in group["names"] if name in kept}
-    kept |= dict.fromkeys(chosen.slow, "to quantize its input takes longer than int8 saves")
+    kept |= dict.fromkeys(
+        chosen.slow, "to quantize its input, and to give channels more than once, takes longer than int8 saves"
+    )
     if named is not None:
         kept = dict.fromkeys(kept, "quantize.plan says so")
     known = {name: value for name, value in entry.info.items() if name != "left"}
@@ -117,17 +120,21 @@ def _given(named: tuple[str, ...], first: Rung, known: Mapping[str, Any], where:
 
 
 class _Trials:
-    """Rungs as they are tried: `entries` by number, and `told`, what the manifest says of each, in the order of the trials."""
+    """Rungs as they are tried: `entries` by number, and `told`, what the manifest says of each, in the order of the trials.
 
-    def __init__(self, build: Build, target: Target, reference: Entry, calibrated: Entry, rungs: list[Rung]) -> None:
+    Those that are `searching` are held to what is to be expected of other texts, too.
+    """
+
+    def __init__(
+        self, build: Build, target: Target, reference: Entry, calibrated: Entry, rungs: list[Rung], *, searching: bool
+    ) -> None:
         self.build, self.target, self.reference, self.calibrated, self.rungs = build, target, reference, calibrated, rungs
+        self.searching = searching
         self.entries: dict[tuple[int, bool], Entry] = {}
         # A limit of what is not an answer needs all samples. A default does not, whether it is given or not: what is found is
         # held to those, and the cache's keys are of limits.
         self.whole = bool({*ELEMENTS} & set(build.plan.spec.budget.departing().asked("int8")))
         self._tables = set(calibrated.info["tables"])
-        # Of many plans some pass by chance: what is searched for is held to what is to be expected as well.
-        self.searching = True
         self.told: list[dict[str, Any]] = []
         self._rows: dict[int, dict[str, Any]] = {}
         self._failed: list[tuple[float, str, int]] = []
@@ -247,7 +254,12 @@ def _miss(check: Check) -> float:
 
 
 def _text(check: Check) -> str:
-    return f"{check.name} {check.figure:.9g}, its limit is {check.limit:.9g}, missed by {abs(check.figure - check.limit):.2g}"
+    found = f"{check.name} {check.figure:.9g}, its limit is {check.limit:.9g}, missed by {abs(check.figure - check.limit):.2g}"
+    return (
+        f"{found} (in a search; a plan in quantize.plan is held to {EXPECTED[check.name]})"
+        if check.name in EXPECTED
+        else found
+    )
 
 
 def _slower(build: Build, target: Target, reference: Entry, made: Entry) -> str:

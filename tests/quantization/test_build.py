@@ -459,7 +459,9 @@ def test_what_passes_by_chance_is_not_taken(
     group = {"names": ["a"], "cost": 1.0, "columns": 1.0, "outputs": 1000, "error": 0.1}
     calibrated: Any = SimpleNamespace(info={"groups": [group], "tables": []})
     reference: Any = None
-    trials = search._Trials(build, Target("openvino", "int8", None), reference, calibrated, [Rung(0, (), ("a",), 0.1)])
+    trials = search._Trials(
+        build, Target("openvino", "int8", None), reference, calibrated, [Rung(0, (), ("a",), 0.1)], searching=True
+    )
     figures = {"cosine": 0.99, "neighbours": 0.96, "neighbours_expected": 0.94, "rank": 0.99}
     outputs = {"answers": {"figures": figures, "worst": dict.fromkeys(figures, "")}}
     entry = SimpleNamespace(info={"outputs": outputs, "int8": ["a"], "milliseconds": 1.0})
@@ -469,8 +471,30 @@ def test_what_passes_by_chance_is_not_taken(
     assert bears == pytest.approx(0.1 * (0.05 / 0.06) ** 2)
     assert trials.told[0]["missed"] == "neighbours_expected misses 0.95 by 0.01"
     assert trials.closest()[0].startswith("1 of 1 layers: neighbours_expected 0.94, its limit is 0.95, ")
-    trials.searching = False
-    assert trials.measure(0)[0]
+
+
+def test_a_plan_that_is_given_is_held_to_what_was_measured(
+    tmp_path: Path, bert: Path, context: tuple[Context, list[Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "FASTER", 0.0)
+    figures = {"cosine": 0.99, "neighbours": 0.96, "neighbours_expected": 0.94, "rank": 0.99}
+    outputs = {"answers": {"figures": figures, "worst": dict.fromkeys(figures, "")}}
+    entry = SimpleNamespace(info={"outputs": outputs, "int8": ["a"], "milliseconds": 1.0})
+    monkeypatch.setattr(search._Trials, "_measured", lambda self, number, whole: entry)
+    named = "encoder.layer.0.output.dense"
+    for release, given in (("1.0.0", {"openvino": [named]}), ("1.0.1", {})):
+        quantize = {"cpu": "avx2", "fallback": True, "plan": given}
+        path = pipeline(tmp_path, bert, release=release, budget={}, quantize=quantize)
+        build = Build(plan_model(read(path).models[0], tmp_path), context[0])
+        build.log.parent.mkdir(parents=True, exist_ok=True)
+        out = tmp_path / f"out {release}"
+        out.mkdir()
+        if given:
+            assert search.search(build, Target("openvino", "int8", None), out)["kept"][named] == "quantize.plan says so"
+            continue
+        message = r"neighbours_expected 0\.94, its limit is 0\.95, .* \(in a search; a plan in quantize\.plan is held to neigh"
+        with pytest.raises(NumericsError, match=message):
+            search.search(build, Target("openvino", "int8", None), out)
 
 
 class _Told:
