@@ -245,8 +245,9 @@ def _expected(before: Array, after: Array) -> float:
     """
     nearest = np.argsort(-before, axis=1, kind="stable")[:, : RIVALS + 1]
     was, now = (np.take_along_axis(values, nearest, axis=1) for values in (before, after))
-    there = np.isfinite(was[:, 1:])
-    was, now = np.where(np.isfinite(was), was, 0), np.where(np.isfinite(was), now, 0)
+    there = np.isfinite(was)
+    was, now = np.where(there, was, 0), np.where(there, now, 0)
+    there = there[:, 1:]
     margin = was[:, :1] - was[:, 1:]
     unit = np.sqrt(np.maximum(2 - was[:, :1] ** 2 - was[:, 1:] ** 2, TIE))
     moved = np.where(there, (now[:, 1:] - now[:, :1] + margin) / unit, -np.inf)

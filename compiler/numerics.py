@@ -25,7 +25,7 @@ LEAST_VARIANCE = 0.001
 # Of an int8 artifact, what its elements are held to in every sample, besides its answers.
 ELEMENTS = ("max_abs", "noise")
 # What is to be expected of a figure, which has its limit in a search, at most so high: some departure is beyond some margin.
-EXPECTED = {"neighbours_expected": "neighbours"}
+EXPECTATIONS = {"neighbours_expected": "neighbours"}
 MOST_EXPECTED = 0.99
 
 
@@ -228,7 +228,7 @@ def judge(outputs: Mapping[str, Mapping[str, Any]], limits: Limits, *, expected:
     for output, result in outputs.items():
         for name, figure in result["figures"].items():
             limit = getattr(limits, name, None)
-            if expected and name in EXPECTED and (limit := getattr(limits, EXPECTED[name])) is not None:
+            if expected and name in EXPECTATIONS and (limit := getattr(limits, EXPECTATIONS[name])) is not None:
                 limit = min(limit, MOST_EXPECTED)
             if limit is not None:
                 passed = figure <= limit if name in AT_MOST else figure >= limit

@@ -119,6 +119,7 @@ def calibrate(
         raise StageError(DAMAGED)
     described = []
     for group in groups:
+        leader = by_name[group.names[0]]
         with emulation.applied(group.names):
             error = departure(before, answer(model, trial, pooling, soft=True))
         if not np.isfinite(error):
@@ -128,7 +129,7 @@ def calibrate(
             {
                 "names": list(group.names),
                 "cost": _work(module, group) / total,
-                "columns": by_name[group.names[0]].weight.shape[1] / by_name[group.names[0]].inputs,
+                "columns": leader.weight.shape[1] / leader.inputs,
                 "outputs": sum(by_name[name].outputs for name in group.names),
                 "error": error,
             }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.errors import ConfigError, NumericsError, SlowError, meant
 from compiler.hashing import hash_folder
-from compiler.numerics import ELEMENTS, EXPECTED, judge
+from compiler.numerics import ELEMENTS, EXPECTATIONS, judge
 from compiler.quantization.rungs import Rung, bearable, climb, cost, first, ladder, room
 from compiler.stages.load import REFERENCE, SAMPLES
 from compiler.stages.quantize import CLOSE, FASTER, LOOKS, faster, rung, settle, times_as_fast
@@ -48,11 +48,13 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     groups, rest = calibrated.info["groups"], plan.rest_of(target)
     tables = tuple(calibrated.info["tables"])
     rungs = ladder(groups, rest, target.format)
-    whole = [replace(rung, out=rung.out + tables) for rung in rungs]
+    if named is None:
+        tried = [replace(rung, out=rung.out + tables) for rung in rungs]
+    else:
+        tried = [_given(named, rungs[0], calibrated.info, f"{spec}: quantize.plan.{target.format}")]
     # Of many plans some pass by chance: what is searched for is held to what is to be expected as well.
-    trials = _Trials(build, target, reference, calibrated, whole, searching=named is None)
+    trials = _Trials(build, target, reference, calibrated, tried, searching=named is None)
     if named is not None:
-        trials.rungs = [_given(named, rungs[0], calibrated.info, f"{spec}: quantize.plan.{target.format}")]
         found = 0 if trials.measure(0)[0] else None
     else:
         errors = [rung.error for rung in rungs]
@@ -142,7 +144,7 @@ class _Trials:
     def measure(self, number: int) -> tuple[bool, float]:
         """Make a rung and measure its answers on validation text: the budget's verdict, and the error that it would bear."""
         entry, tried = self._measured(number, self.whole), self.rungs[number]
-        checks = self._checks(entry)
+        checks = self._checks(entry.info["outputs"])
         failed = sorted((check for check in checks if not check.passed), key=_miss, reverse=True)
         figures = entry.info["outputs"].get("answers", {"figures": {}})["figures"]
         verdict = _missed(failed[0]) if failed else "passes"
@@ -175,7 +177,7 @@ class _Trials:
 
     def holds(self, number: int) -> bool:
         """Whether a plan whose answers meet the budget does so in all samples as well; where not, that is told."""
-        failed = [check for check in self._checks(self._measured(number, True)) if not check.passed]
+        failed = [check for check in self._checks(self._measured(number, True).info["outputs"]) if not check.passed]
         if failed:
             row, verdict = self._rows[number], _missed(max(failed, key=_miss))
             row |= {"passed": False, "missed": verdict}
@@ -191,16 +193,13 @@ class _Trials:
         # Held to what int8 is held to.
         artifact = replace(self.build.artifact(other, exported), precision="int8")
         outputs = self.build.run(validate, exported.root, artifact, *samples, not self.whole)
-        failed = [check for check in self._judged(outputs) if not check.passed]
+        failed = [check for check in self._checks(outputs) if not check.passed]
         if not failed:
             return ""
         hint = "; quantize: {cpu: avx512_vnni} keeps what is not int8 in fp32" if rest == "bf16" else ""
         return f"{rest} alone, without an int8 layer, has {_text(max(failed, key=_miss))}{hint}"
 
-    def _checks(self, entry: Entry) -> tuple[Check, ...]:
-        return self._judged(entry.info["outputs"])
-
-    def _judged(self, outputs: Mapping[str, Mapping[str, Any]]) -> tuple[Check, ...]:
+    def _checks(self, outputs: Mapping[str, Mapping[str, Any]]) -> tuple[Check, ...]:
         return judge(outputs, self.build.plan.spec.budget.limits("int8"), expected=self.searching)
 
     def closest(self) -> tuple[str, int]:
@@ -255,11 +254,9 @@ def _miss(check: Check) -> float:
 
 def _text(check: Check) -> str:
     found = f"{check.name} {check.figure:.9g}, its limit is {check.limit:.9g}, missed by {abs(check.figure - check.limit):.2g}"
-    return (
-        f"{found} (in a search; a plan in quantize.plan is held to {EXPECTED[check.name]})"
-        if check.name in EXPECTED
-        else found
-    )
+    if check.name in EXPECTATIONS:
+        return f"{found} (in a search; a plan in quantize.plan is held to {EXPECTATIONS[check.name]})"
+    return found
 
 
 def _slower(build: Build, target: Target, reference: Entry, made: Entry) -> str:

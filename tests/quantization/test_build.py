@@ -451,10 +451,17 @@ def test_what_the_rest_alone_misses_in_elements_is_told(
         build_model(plan_model(read(path).models[0], tmp_path), context[0])
 
 
+def passing_by_chance() -> SimpleNamespace:
+    """What a rung's entry says, of which the measured neighbours meet the default budget and the expected ones do not."""
+    figures = {"cosine": 0.99, "neighbours": 0.96, "neighbours_expected": 0.94, "rank": 0.99}
+    outputs = {"answers": {"figures": figures, "worst": dict.fromkeys(figures, "")}}
+    return SimpleNamespace(info={"outputs": outputs, "int8": ["a"], "milliseconds": 1.0})
+
+
 def test_what_passes_by_chance_is_not_taken(
     tmp_path: Path, bert: Path, context: tuple[Context, list[Event]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A search is held to the neighbours that are to be expected, too; a plan that was given to what was measured alone."""
+    """A search is held to the neighbours that are to be expected, too."""
     build = Build(plan_model(read(pipeline(tmp_path, bert, budget={})).models[0], tmp_path), context[0])
     group = {"names": ["a"], "cost": 1.0, "columns": 1.0, "outputs": 1000, "error": 0.1}
     calibrated: Any = SimpleNamespace(info={"groups": [group], "tables": []})
@@ -462,9 +469,7 @@ def test_what_passes_by_chance_is_not_taken(
     trials = search._Trials(
         build, Target("openvino", "int8", None), reference, calibrated, [Rung(0, (), ("a",), 0.1)], searching=True
     )
-    figures = {"cosine": 0.99, "neighbours": 0.96, "neighbours_expected": 0.94, "rank": 0.99}
-    outputs = {"answers": {"figures": figures, "worst": dict.fromkeys(figures, "")}}
-    entry = SimpleNamespace(info={"outputs": outputs, "int8": ["a"], "milliseconds": 1.0})
+    entry = passing_by_chance()
     monkeypatch.setattr(trials, "_measured", lambda number, whole: entry)
     passed, bears = trials.measure(0)
     assert not passed
@@ -477,9 +482,7 @@ def test_a_plan_that_is_given_is_held_to_what_was_measured(
     tmp_path: Path, bert: Path, context: tuple[Context, list[Event]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "FASTER", 0.0)
-    figures = {"cosine": 0.99, "neighbours": 0.96, "neighbours_expected": 0.94, "rank": 0.99}
-    outputs = {"answers": {"figures": figures, "worst": dict.fromkeys(figures, "")}}
-    entry = SimpleNamespace(info={"outputs": outputs, "int8": ["a"], "milliseconds": 1.0})
+    entry = passing_by_chance()
     monkeypatch.setattr(search._Trials, "_measured", lambda self, number, whole: entry)
     named = "encoder.layer.0.output.dense"
     for release, given in (("1.0.0", {"openvino": [named]}), ("1.0.1", {})):
