@@ -211,17 +211,17 @@ def parse_gate(text: str) -> Gate:
     """A gate from `KIND` or `KIND=PERCENT`.
 
     Raises:
-        ConfigError: there is no such kind, or its percentage is none.
+        ValueError: there is no such kind, or its percentage is none.
     """
     kind, equals, number = text.partition("=")
     if kind not in KINDS:
-        raise ConfigError(f"--fail-on {text}: there is no {kind!r}; give one of {', '.join(KINDS)}")
+        raise ValueError(f"{text}: there is no {kind!r}; give one of {', '.join(KINDS)}")
     if not equals:
         return Gate(kind)
     if kind in ("artifacts", "files", "fusions"):
-        raise ConfigError(f"--fail-on {text}: {kind} takes no percentage; give --fail-on {kind}")
+        raise ValueError(f"{text}: {kind} takes no percentage; give --fail-on {kind}")
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?%?", number):
-        raise ConfigError(f"--fail-on {text}: {number!r} is no percentage, such as {kind}=5")
+        raise ValueError(f"{text}: {number!r} is no percentage, such as {kind}=5")
     return Gate(kind, float(number.rstrip("%")))
 
 

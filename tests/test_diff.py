@@ -344,7 +344,7 @@ def test_sizes_and_lost_artifacts(tmp_path: Path, model: bytes) -> None:
     ],
 )
 def test_gates_that_are_none(gate: str, said: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ValueError, match=gate) as caught:
         parse_gate(gate)
     assert said in str(caught.value)
 
@@ -374,7 +374,9 @@ def test_the_command(command: Command, tmp_path: Path, model: bytes) -> None:
     assert failed.stderr.startswith(f"error: {two} is worse than {one}: onnx fp32 fuses gelu 1 times fewer (Gelu 1 → 0)")
     found = json.loads(failed.stdout)
     assert found["worse"][0] == "onnx fp32 fuses gelu 1 times fewer (Gelu 1 → 0)" and found["files"]["same"] == 4
-    assert "give one of regress" in error_line(command("diff", one, two, "--fail-on", "slower"))
+    # Not 1, which says that the second is worse.
+    misspelt = command("diff", one, two, "--fail-on", "slower")
+    assert misspelt.returncode == 2 and "'--fail-on': slower: there is no 'slower'; give one of regress" in misspelt.stderr
     assert "no such release" in error_line(command("diff", one, tmp_path / "c"))
 
 

@@ -20,6 +20,7 @@ from compiler.types import AT_MOST
 
 if TYPE_CHECKING:
     from compiler.blame import Blame
+    from compiler.diff import Gate
     from compiler.types import Report
 
 # What the operators by which a file looks rows of an embedding up are called, among those of `Artifact.int8`.
@@ -289,6 +290,15 @@ def bench(
         print_json(results)
 
 
+def _gates(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[Gate, ...]:
+    from compiler.diff import parse_gate
+
+    try:
+        return tuple(parse_gate(value) for value in values)
+    except ValueError as error:  # not exit 1, which says that B is worse
+        raise click.BadParameter(str(error)) from error
+
+
 @click.command(short_help="Compare two releases.")
 @click.argument("before", metavar="A")
 @click.argument("after", metavar="B")
@@ -296,11 +306,12 @@ def bench(
     "--fail-on",
     "gates",
     multiple=True,
+    callback=_gates,
     metavar="KIND[=PERCENT]",
     help="Exit 1 when B is worse than A by more than PERCENT in KIND (see above). May be given again.",
 )
 @json_option
-def diff(before: str, after: str, gates: tuple[str, ...], as_json: bool) -> None:
+def diff(before: str, after: str, gates: tuple[Gate, ...], as_json: bool) -> None:
     """Compare two releases: A and B are folders, or registries' URLs such as hf://ORG/NAME@1.0.0.
 
     --fail-on regress=PERCENT fails when B is worse in any of these, which are kinds by themselves too:
@@ -320,13 +331,12 @@ def diff(before: str, after: str, gates: tuple[str, ...], as_json: bool) -> None
     And one that is not part of regress: files, when any byte differs.
     """
     from compiler.diff import diff as run
-    from compiler.diff import parse_gate, worse
+    from compiler.diff import worse
     from compiler.diff_text import text
 
-    asked = [parse_gate(gate) for gate in gates]
     with _fetched(before) as old, _fetched(after) as new:
         result = run(old, new)
-    found = worse(result, asked)
+    found = worse(result, gates)
     if as_json:
         print_json({**result, "worse": found})
     else:
