@@ -29,7 +29,7 @@ from compiler.plan import BUILTIN_TEXT
 from compiler.quantization import search
 from compiler.quantization.calibrate import TABLE
 from compiler.quantization.rungs import Rung, ladder
-from compiler.samples import ACCURACY, NONE, RIGHT
+from compiler.samples import ACCURACY, EXTRA, NONE, RIGHT
 from compiler.spine import build_model, plan_model
 from compiler.stages import quantize
 from compiler.stages.quantize import timed
@@ -640,12 +640,37 @@ def test_how_many_times_as_fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
         return lambda inputs: time.sleep(seconds * (3 if inputs["input_ids"].size > ones.size else 1))
 
     monkeypatch.setattr(quantize, "read_cases", lambda *_: [cases[0], *cases[-5:]])
-    monkeypatch.setattr(quantize, "ROUNDS", 2)
+    monkeypatch.setattr(quantize, "ROUNDS", 1)
     monkeypatch.setattr(quantize, "BACKENDS", {"onnx": SimpleNamespace(open=runner)})
     artifact: Any = SimpleNamespace(format="onnx")
     ratios = quantize.times_as_fast(quantize.faster(tmp_path, artifact, tmp_path, artifact, tmp_path, {}))
     assert list(ratios) == ["all", "1x8", "text, 32x20"]
     assert ratios["all"] == pytest.approx(expected, rel=0.2)
+
+
+def test_a_spell_of_other_work_covers_no_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """While all batches of one text are timed that follow each other, one of the two is slow: that is not its speed."""
+    ones = np.ones((1, 8), dtype=np.int64)
+    full, padded = Case(NONE, {"input_ids": ones}), Case(ACCURACY, {"input_ids": np.tile(ones, (8, 1))})
+    calls: list[int] = []
+
+    def open_one(*_: Any) -> Any:
+        name = len(calls)
+        calls.append(0)
+
+        def runner(inputs: Any) -> None:
+            calls[name] += 1
+            spell = name == 0 and 4 < calls[0] <= 4 + quantize.ROUNDS  # behind two of each shape to warm up
+            time.sleep(0.05 if spell else 0.005)
+
+        return runner
+
+    monkeypatch.setattr(quantize, "read_cases", lambda *_: [full, *[full] * EXTRA, padded])
+    monkeypatch.setattr(quantize, "BACKENDS", {"onnx": SimpleNamespace(open=open_one)})
+    artifact: Any = SimpleNamespace(format="onnx")
+    quickest = quantize.faster(tmp_path, artifact, tmp_path, artifact, tmp_path, {})
+    assert calls == [4 + 2 * quantize.ROUNDS * quantize.SWEEPS] * 2
+    assert quickest["1x8"][0] < 0.03
 
 
 @pytest.mark.parametrize(
