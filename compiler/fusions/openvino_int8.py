@@ -82,7 +82,12 @@ def _quantized(source: Output, layer: QuantizedLinear) -> Output:
         constant = _named(ops.constant(np.ascontiguousarray(factors)), layer, role)
         return _named(ops.multiply(values, constant), layer, f"{role}ed").output(0)
 
-    main = rounded(source if layer.smooth is None else scaled(source, layer.smooth, "smooth"), "quantized")
+    smooth = source
+    if layer.smooth is not None:
+        smooth = scaled(source, layer.smooth, "smooth")
+        if _product(source):
+            smooth = _named(ops.maximum(smooth, ends[0]), layer, "bounded").output(0)
+    main = rounded(smooth, "quantized")
     if layer.repeated is None or layer.offset is None:
         return main
     where = _named(ops.constant(layer.repeated), layer, "repeated")
@@ -92,6 +97,20 @@ def _quantized(source: Output, layer: QuantizedLinear) -> Output:
     offset = _named(ops.constant(layer.offset * np.float32(layer.scale)), layer, "offset")
     again = rounded(_named(ops.add(again, offset), layer, "offset by").output(0), "quantized again")
     return _named(ops.concat([main, again], -1), layer, "wide").output(0)
+
+
+def _product(value: Output) -> bool:
+    """Whether a value is what a `MatMul` makes, with its bias or without.
+
+    Where that has another use, OpenVINO (2026.4) makes the `Multiply` behind it limits of the `FakeQuantize`, one for each channel,
+    and then takes tokens for channels: the answers are wrong without a word. It leaves a `Maximum` between the two alone, which
+    changes no number.
+    """
+    node = value.get_node()
+    if node.get_type_name() == "Add":
+        kinds = {one.get_source_output().get_node().get_type_name() for one in node.inputs()}
+        return kinds == {"MatMul", "Constant"}
+    return bool(node.get_type_name() == "MatMul")
 
 
 def _named(node: Node, layer: QuantizedLinear, role: str) -> Node:
