@@ -26,7 +26,7 @@ from compiler.config import Limits
 from compiler.errors import CompileError, ConfigError, NumericsError, ReleaseError, SlowError, StageError
 from compiler.hashing import canonical
 from compiler.manifest import MANIFEST, Made, Manifest, Source, differences, from_bytes
-from compiler.numerics import judge
+from compiler.numerics import judge, miss
 from compiler.plan import Plan, why
 from compiler.quantization.search import search
 from compiler.samples import MAX_ACCURACY_LINES
@@ -309,7 +309,7 @@ class Build:
         verdicts = [self.reject(loaded, candidate) for candidate in failed]
         if failed:
             first = failed[0]
-            check = next(check for check in first.report.checks if not check.passed)
+            check = max((check for check in first.report.checks if not check.passed), key=miss)
             others = [f"{other.report.format} {other.report.precision}" for other in failed[1:]]
             also = f"; {', '.join(others)} failed too" if others else ""
             raise NumericsError(
@@ -591,8 +591,10 @@ def _verdict(plan: Plan, step: Step, store: Store, released: Mapping[tuple[str, 
             return str(error)
         return ""
     checks = judge(info["outputs"], plan.spec.budget.limits(target.precision))
-    failed = [f"{check.name} {check.figure:.6g}, limit {check.limit:g}" for check in checks if not check.passed]
-    return f"{target} fails its gate: {failed[0]}" if failed else ""
+    if not (failed := [check for check in checks if not check.passed]):
+        return ""
+    worst = max(failed, key=miss)
+    return f"{target} fails its gate: {worst.name} {worst.figure:.6g}, limit {worst.limit:g}"
 
 
 def next_release(release: str) -> str:

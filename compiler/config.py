@@ -193,6 +193,14 @@ class Quantize(Strict):
     fallback: bool = Field(False, description="Leave an int8 target out, instead of failing, when it is not faster.")
     plan: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="By format, the layers that stay out of int8.")
 
+    @field_validator("plan", mode="before")
+    @classmethod
+    def _with_reasons(cls, value: Any) -> Any:
+        """A manifest's `kept` says why each is out; here the names count."""
+        if not isinstance(value, Mapping):
+            return value
+        return {format: list(names) if isinstance(names, Mapping) else names for format, names in value.items()}
+
     @field_validator("plan")
     @classmethod
     def _formats(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

@@ -234,3 +234,16 @@ def judge(outputs: Mapping[str, Mapping[str, Any]], limits: Limits, *, expected:
                 passed = figure <= limit if name in AT_MOST else figure >= limit
                 checks.append(Check(output, name, figure, limit, passed, result["worst"][name]))
     return tuple(checks)
+
+
+def room(check: Check) -> tuple[float, float]:
+    """What a figure has lost, and what its limit allows it to lose."""
+    if check.name in AT_MOST:
+        return check.figure, check.limit
+    return 1 - check.figure, 1 - check.limit
+
+
+def miss(check: Check) -> float:
+    """By how much a figure misses its limit, in units of what the limit leaves to lose."""
+    lost, allowed = room(check)
+    return (lost - allowed) / max(allowed, 1e-6)

@@ -468,9 +468,10 @@ def read_calibration(named: CalibrationFile, task: str, folder: Path, validation
         )
     lines = sorted(distinct.values(), key=lambda line: hashlib.sha256(f"{named.seed} {_content(line)}".encode()).digest())
     if len(lines) < named.samples:
-        less = ", or lower samples:" if len(lines) >= LEAST_TEXTS else f", {LEAST_TEXTS} at least"
+        asks = "samples: asks" if "samples" in named.model_fields_set else "the default of samples: asks"
+        less = f", or give samples: {len(lines)}" if len(lines) >= LEAST_TEXTS else f", and samples: {LEAST_TEXTS} or more"
         raise ConfigError(
-            f"data.calibration: {path}: holds {len(lines)} different texts and samples: asks for {named.samples}; give more "
+            f"data.calibration: {path}: holds {len(lines)} different texts and {asks} for {named.samples}; give more "
             f"text{less}"
         )
     held = lines[named.samples :][:HELD]

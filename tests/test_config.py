@@ -722,7 +722,8 @@ def test_int8_is_calibrated() -> None:
 def test_plan_of_a_format_that_has_no_int8(plan: dict[str, list[str]], reason: str) -> None:
     targets = {"onnx": ["fp32"], "openvino": ["int8"]}
     calibrated = {"targets": targets, "data": {"calibration": {"path": "c.jsonl"}}}
-    assert only_model(model(**calibrated, quantize={"plan": {"openvino": ["a"]}})).quantize.plan == {"openvino": ("a",)}
+    for left in (["a"], {"a": "as a manifest's kept says why"}):
+        assert only_model(model(**calibrated, quantize={"plan": {"openvino": left}})).quantize.plan == {"openvino": ("a",)}
     assert reason in refusal(model(**calibrated, quantize={"plan": plan}))
 
 

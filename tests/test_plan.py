@@ -231,9 +231,13 @@ def test_int8_for_another_kind_of_cpu(bert: Path, tmp_path: Path, monkeypatch: p
 
 def test_too_few_different_texts(tmp_path: Path) -> None:
     named = calibration_file(tmp_path, [f"text {number % 15}" for number in range(40)])
-    assert "holds 15 different texts and samples: asks for 16; give more text, 16 at least" in refused(tmp_path, named)
+    assert "holds 15 different texts and samples: asks for 16; give more text, and samples: 16 or more" in refused(
+        tmp_path, named
+    )
     seventeen = calibration_file(tmp_path, [f"text {number}" for number in range(17)]).model_copy(update={"samples": 18})
-    assert refused(tmp_path, seventeen).endswith("asks for 18; give more text, or lower samples:")
+    assert refused(tmp_path, seventeen).endswith("samples: asks for 18; give more text, or give samples: 17")
+    unsaid = CalibrationFile(path=seventeen.path)
+    assert refused(tmp_path, unsaid).endswith("the default of samples: asks for 256; give more text, or give samples: 17")
     assert calibration_file(tmp_path, [f"text {number % 16}" for number in range(40)]) == named
     assert len(read_calibration(named, "feature-extraction", tmp_path, VALIDATION).samples) == 16
 

@@ -102,9 +102,9 @@ def _quantized(source: Output, layer: QuantizedLinear) -> Output:
 def _product(value: Output) -> bool:
     """Whether a value is what a `MatMul` makes, with its bias or without.
 
-    Where that has another use, OpenVINO (2026.4) makes the `Multiply` behind it limits of the `FakeQuantize`, one for each channel,
-    and then takes tokens for channels: the answers are wrong without a word. It leaves a `Maximum` between the two alone, which
-    changes no number.
+    Where that has another use, OpenVINO (2026.4) makes the `Multiply` behind it limits of the `FakeQuantize`, one for each
+    channel, and then takes tokens for channels: the answers are wrong without a word. It leaves a `Maximum` between the two
+    alone, which changes no number.
     """
     node = value.get_node()
     if node.get_type_name() == "Add":

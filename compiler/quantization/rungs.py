@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compiler.types import AT_MOST, Check
+from compiler.numerics import room
+from compiler.types import Check
 
 #: The work of a multiply-add, in units of one in int8.
 COST: Mapping[str, int] = {"int8": 1, "bf16": 2, "fp32": 4}
@@ -84,13 +85,6 @@ def _inside(group: Mapping[str, Any], format: str) -> float:
 
 def _outside(group: Mapping[str, Any], rest: str) -> float:
     return float(group["cost"] * COST[rest])
-
-
-def room(check: Check) -> tuple[float, float]:
-    """What a figure has lost, and what its limit allows it to lose."""
-    if check.name in AT_MOST:
-        return check.figure, check.limit
-    return 1 - check.figure, 1 - check.limit
 
 
 def bearable(checks: Iterable[Check], error: float) -> float:

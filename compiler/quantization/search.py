@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.errors import ConfigError, NumericsError, SlowError, meant
 from compiler.hashing import hash_folder
-from compiler.numerics import ELEMENTS, EXPECTATIONS, judge
-from compiler.quantization.rungs import Rung, bearable, climb, cost, first, ladder, room
+from compiler.numerics import ELEMENTS, EXPECTATIONS, judge, miss
+from compiler.quantization.rungs import Rung, bearable, climb, cost, first, ladder
 from compiler.stages.load import REFERENCE, SAMPLES
 from compiler.stages.quantize import CLOSE, FASTER, LOOKS, faster, rung, settle, times_as_fast
 from compiler.stages.validate import validate
@@ -145,7 +145,7 @@ class _Trials:
         """Make a rung and measure its answers on validation text: the budget's verdict, and the error that it would bear."""
         entry, tried = self._measured(number, self.whole), self.rungs[number]
         checks = self._checks(entry.info["outputs"])
-        failed = sorted((check for check in checks if not check.passed), key=_miss, reverse=True)
+        failed = sorted((check for check in checks if not check.passed), key=miss, reverse=True)
         figures = entry.info["outputs"].get("answers", {"figures": {}})["figures"]
         verdict = _missed(failed[0]) if failed else "passes"
         # What a file holds: a layer that a format joins with one that is out is out as well.
@@ -165,9 +165,13 @@ class _Trials:
         milliseconds = f", {entry.info['milliseconds'] / 1e3:.1f} s for all texts"
         embeddings = " and embeddings" if inside & self._tables else ""
         amount = f"{len(inside - self._tables)} of {len(every - self._tables)} layers{embeddings}"
-        self.build.tell_rung(self.target, "tried", f"{amount} int8: {shown}{milliseconds}: {verdict}")
+        # What a user gave is not quite what is made where a format computes layers as one, and some of them are out.
+        left = [] if self.searching else [name for name in tried.int8 if name not in inside]
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        beside = f" (not in int8 in this format, as quantize.plan has it: {left[0]}{more})" if left else ""
+        self.build.tell_rung(self.target, "tried", f"{amount} int8{beside}: {shown}{milliseconds}: {verdict}")
         if failed:
-            self._failed.append(max((_miss(check), f"{amount}: {_text(check)}", number) for check in failed))
+            self._failed.append(max((miss(check), f"{amount}: {_text(check)}", number) for check in failed))
         return not failed, bearable(checks, tried.error)
 
     def look_at_all(self) -> None:
@@ -179,7 +183,7 @@ class _Trials:
         """Whether a plan whose answers meet the budget does so in all samples as well; where not, that is told."""
         failed = [check for check in self._checks(self._measured(number, True).info["outputs"]) if not check.passed]
         if failed:
-            row, verdict = self._rows[number], _missed(max(failed, key=_miss))
+            row, verdict = self._rows[number], _missed(max(failed, key=miss))
             row |= {"passed": False, "missed": verdict}
             self.build.tell_rung(self.target, "tried", f"{row['int8']} layers int8, in every sample: {verdict}")
         return not failed
@@ -197,7 +201,7 @@ class _Trials:
         if not failed:
             return ""
         hint = "; quantize: {cpu: avx512_vnni} keeps what is not int8 in fp32" if rest == "bf16" else ""
-        return f"{rest} alone, without an int8 layer, has {_text(max(failed, key=_miss))}{hint}"
+        return f"{rest} alone, without an int8 layer, has {_text(max(failed, key=miss))}{hint}"
 
     def _checks(self, outputs: Mapping[str, Mapping[str, Any]]) -> tuple[Check, ...]:
         return judge(outputs, self.build.plan.spec.budget.limits("int8"), expected=self.searching)
@@ -244,12 +248,6 @@ class _Trials:
 
 def _missed(check: Check) -> str:
     return f"{check.name} misses {check.limit:.9g} by {abs(check.figure - check.limit):.2g}"
-
-
-def _miss(check: Check) -> float:
-    """By how much a figure misses its limit, in units of what the limit leaves to lose."""
-    lost, allowed = room(check)
-    return (lost - allowed) / max(allowed, 1e-6)
 
 
 def _text(check: Check) -> str:

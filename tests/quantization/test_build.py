@@ -494,10 +494,15 @@ def test_a_plan_that_is_given_is_held_to_what_was_measured(
         out.mkdir()
         if given:
             assert search.search(build, Target("openvino", "int8", None), out)["kept"][named] == "quantize.plan says so"
+            # The file has one layer, and another than those of the plan.
+            said = "1 of 12 layers int8 (not in int8 in this format, as quantize.plan has it: encoder.layer.0.attention.self."
+            assert any(event.detail.startswith(said) for event in context[1]), [event.detail for event in context[1]]
+            context[1].clear()
             continue
         message = r"neighbours_expected 0\.94, its limit is 0\.95, .* \(in a search; a plan in quantize\.plan is held to neigh"
         with pytest.raises(NumericsError, match=message):
             search.search(build, Target("openvino", "int8", None), out)
+        assert not any("not in int8 in this format" in event.detail for event in context[1])
 
 
 class _Told:
