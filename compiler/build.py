@@ -34,7 +34,7 @@ from compiler.stages.export import export
 from compiler.stages.load import REFERENCE, SAMPLES, reference
 from compiler.stages.optimize import check_fusions
 from compiler.stages.package import package
-from compiler.stages.quantize import FASTER, calibrate, predict
+from compiler.stages.quantize import FASTER, calibrate
 from compiler.stages.validate import validate
 from compiler.store import Entry, Step, Store, remove, scratch, sweep, write_file, writing
 from compiler.types import Artifact, Event, File, Report, Signature, Target
@@ -190,17 +190,6 @@ class Build:
             raise ValueError(f"{plan.spec}: no target is int8")
         arguments = (plan.snapshot, plan.task, self._load_options, text.samples, text.held, plan.bits)
         return self._make(step, lambda out: self.run(calibrate, out, *arguments))
-
-    def predict(self) -> Entry:
-        """Where the search for a plan starts."""
-        plan = self.plan
-        if (step := plan.predict) is None:
-            raise ValueError(f"{plan.spec}: no target is int8")
-        calibrated, loaded = self.calibrate(), self.load()
-        texts = (plan.texts.lines, loaded.info["labels"])
-        arguments = (plan.snapshot, plan.task, self._load_options, *texts, calibrated.root, calibrated.info["groups"])
-        limits = plan.spec.budget.limits("int8")
-        return self._make(step, lambda out: self.run(predict, out, *arguments, limits, plan.rests))
 
     def export(self, target: Target) -> Entry:
         """A target's files; those that it is made from come first."""

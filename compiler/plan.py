@@ -126,14 +126,12 @@ class Plan:
     package: Step
     calibration: Calibration | None = None
     calibrate: Step | None = None
-    predict: Step | None = None
 
     @property
     def steps(self) -> Iterator[Step]:
         yield self.load
-        for step in (self.calibrate, self.predict):
-            if step is not None:
-                yield step
+        if self.calibrate is not None:
+            yield self.calibrate
         for target, step in self.exports.items():
             yield step
             if target in self.validates:
@@ -199,11 +197,6 @@ class Plan:
         return rest_of(self.spec, target)
 
     @property
-    def rests(self) -> dict[str, Precision]:
-        """By format of an int8 target whose plan is searched, the precision of what is not int8."""
-        return rests_of(self.spec)
-
-    @property
     def bits(self) -> int:
         """Of int8's weights: 7 for CPUs on which the 16-bit sums of products saturate."""
         return bits(self.spec)
@@ -221,17 +214,6 @@ def rest_of(spec: ModelSpec, target: Target) -> Precision:
         return target.precision
     fast = spec.quantize.cpu == "native" and cpu.has(cpu.FAST_ON["bf16"])
     return "bf16" if fast and "bf16" in BACKENDS[target.format].PRECISIONS else "fp32"
-
-
-def rests_of(spec: ModelSpec) -> dict[str, Precision]:
-    """See `Plan.rests`."""
-    searched = (target for target in spec.targets.list() if target.precision == "int8" and _searched(spec, target))
-    return {target.format: rest_of(spec, target) for target in searched}
-
-
-def _searched(spec: ModelSpec, target: Target) -> bool:
-    """Whether pipeline.yaml does not say itself which layers of an int8 target are int8."""
-    return target.format not in spec.quantize.plan
 
 
 def _source_of(spec: ModelSpec, target: Target) -> Target | None:
@@ -301,7 +283,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         },
         _load_libraries(task),
     )
-    calibrate = predict = None
+    calibrate = None
     if calibration is not None and named is not None:
         measured = {
             "calibration": calibration.sha256,
@@ -312,12 +294,6 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             "cpu": cpu.features(),
         }
         calibrate = step("calibrate", "", common | measured, LOAD_LIBRARIES)
-        limits8 = " ".join(
-            f"{name}={limit}" for name, limit in spec.budget.limits("int8").model_dump(exclude_none=True).items()
-        )
-        if rests := ", ".join(f"{format}: {rest}" for format, rest in rests_of(spec).items()):
-            inputs = {"step load": load.key, "step calibrate": calibrate.key, "limits int8": limits8, "rests": rests}
-            predict = step("predict", "", common | inputs, LOAD_LIBRARIES)
     exports: dict[Target, Step] = {}
 
     def add(target: Target) -> Step:
@@ -336,10 +312,10 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
                 rest = Target(target.format, rest_of(spec, target), target.opset)
                 inputs |= {f"step export {rest}": add(rest).key, "rest": rest.precision, "cpu": cpu.features()}
                 inputs |= {"step load": load.key, "step calibrate": calibrate.key}
-                if predict is not None and _searched(spec, target):
-                    inputs["step predict"] = predict.key
                 out = spec.quantize.plan.get(target.format)
                 inputs["plan"] = "searched" if out is None else ", ".join(out)
+                if out is None:
+                    inputs["limits int8"] = _limits(spec, "int8")
                 inputs["fallback"] = str(spec.quantize.fallback)
             exports[target] = step(stage, str(target), inputs, libraries, target.format)
         return exports[target]
@@ -358,10 +334,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         validates[target] = step("validate", str(target), inputs, backend.LIBRARIES, target.format)
 
     limits = {
-        f"limits {precision}": " ".join(
-            f"{name}={value}" for name, value in spec.budget.limits(precision).model_dump(exclude_none=True).items()
-        )
-        for precision in sorted({target.precision for target in validates})
+        f"limits {precision}": _limits(spec, precision) for precision in sorted({target.precision for target in validates})
     }
     package = step(
         "package",
@@ -370,7 +343,6 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             **limits,
             **{f"source {file.path}": file.sha256 for file in snapshot.files},
             **{f"step {made.id}": made.key for made in (load, *exports.values(), *validates.values())},
-            **({f"step {predict.id}": predict.key} if predict is not None else {}),
             **({} if named is None else {"calibration file": _portable(named.path), "quantize cpu": spec.quantize.cpu}),
             "compiler": compiler.__version__,
             "data file": "built-in" if spec.data.validation is None else _portable(spec.data.validation.path),
@@ -382,7 +354,11 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         },
         PACKAGE_LIBRARIES,
     )
-    return Plan(spec, task, snapshot, texts, load, exports, validates, package, calibration, calibrate, predict)
+    return Plan(spec, task, snapshot, texts, load, exports, validates, package, calibration, calibrate)
+
+
+def _limits(spec: ModelSpec, precision: Precision) -> str:
+    return " ".join(f"{name}={limit}" for name, limit in spec.budget.limits(precision).model_dump(exclude_none=True).items())
 
 
 def _load_libraries(task: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Which layers are int8: plans in the order of their cost, from all layers down, until one meets the budget. Pure.
 
-A plan is a rung of a ladder: on rung k the k groups of layers that lose the most accuracy for the work that they save stay out
-of int8. So a higher rung is slower and closer, its cost is known without timing anything, and two machines climb alike.
+A plan is a rung of a ladder: of all plans that do no more work than it, none has a smaller error. So a higher rung is slower
+and closer, its cost is known without timing anything, and two machines climb alike.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from compiler.numerics import room
 from compiler.types import Check
@@ -20,10 +22,16 @@ COST: Mapping[str, int] = {"int8": 1, "bf16": 2, "fp32": 4}
 #: Measured with 1,024 rows of 384 and 1,536 channels on a CPU with VNNI; it orders plans, so it need not be exact.
 QUANTIZING: Mapping[str, int] = {"onnx": 80, "openvino": 40, "torchscript": 190}
 
+#: What a layer saves is counted in so many parts of what all save together, where plans are sought.
+PARTS = 10_000
+#: Of plans whose costs are within such a step, as a share, the closest is a rung; up to the second of these, plans are as good
+#: as equally fast.
+STEP, SAME = 0.005, 0.01
+
 #: Figures that grow with the error itself; shares of texts, and the largest departure, do with its root.
 DISTANCES = ("cosine", "rank", "kl", "noise")
 #: Trials whose figures say where the next is.
-GUESSES = 3
+GUESSES = 5
 
 
 @dataclass(frozen=True)
@@ -39,34 +47,64 @@ class Rung:
 
 
 def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[Rung]:
-    """The rungs, the cheapest first; the last has one group in int8. `groups` are what `calibrate` described.
+    """The rungs, the cheapest first. `groups` are what `calibrate` described; one of them at least is in int8 on every rung.
 
     Groups whose input takes longer to quantize, and to multiply channels more than once, than int8 saves are never in int8, as
     long as there is another.
     """
-    names = [name for group in groups for name in group["names"]]
-
-    def worth(group: Mapping[str, Any]) -> float:
-        """Accuracy that it costs for the work that it saves; what saves none is worth nothing."""
-        saved = _outside(group, rest) - _inside(group, format)
-        return group["error"] / saved if saved > 0 else math.inf
-
-    order = sorted(groups, key=lambda group: (-worth(group), group["names"]))
+    saved = [_outside(group, rest) - _inside(group, format) for group in groups]
     # As long as there is another, what saves no work is on no rung.
-    slow = min(sum(math.isinf(worth(group)) for group in order), len(order) - 1)
-    rungs = []
-    for number, left in enumerate(range(slow, len(order))):
-        out = {name for group in order[:left] for name in group["names"]}
-        rungs.append(
-            Rung(
-                number,
-                tuple(name for name in names if name in out),
-                tuple(name for name in names if name not in out),
-                math.fsum(group["error"] for group in order[left:]),
-                tuple(name for group in order[:slow] for name in group["names"]),
-            )
-        )
+    useful = [number for number, work in enumerate(saved) if work > 0] or [int(np.argmax(saved))]
+    every = {*range(len(groups))}
+    slow = every - {*useful}
+    least = math.fsum(_outside(group, rest) for group in groups) - math.fsum(saved[number] for number in useful)
+    rungs: list[Rung] = []
+    for left in _closest(least, [saved[number] for number in useful], [groups[number]["error"] for number in useful]):
+        out = slow | {useful[number] for number in left}
+        error = math.fsum(groups[number]["error"] for number in every - out)
+        rungs.append(Rung(len(rungs), _names(groups, out), _names(groups, every - out), error, _names(groups, slow)))
     return rungs
+
+
+def as_fast(cost: float, other: float, share: float = SAME) -> bool:
+    """Whether a plan that costs `other` is as good as as fast as one that costs `cost`, or faster."""
+    return other <= cost * (1 + share)
+
+
+def _names(groups: Sequence[Mapping[str, Any]], numbers: Collection[int]) -> tuple[str, ...]:
+    return tuple(name for number, group in enumerate(groups) if number in numbers for name in group["names"])
+
+
+def _closest(least: float, saved: Sequence[float], errors: Sequence[float]) -> list[tuple[int, ...]]:
+    """Which groups are left out, from none to all but one: for each amount of work that is then not saved the choice that
+    takes the most error away, where it takes away more than any with less work does (a knapsack, by dynamic programming);
+    of those within a step the last. `least` is the work of the first."""
+    unit = math.fsum(saved) / PARTS
+    # What saves nothing is here only when it is all there is.
+    parts = [max(1, round(work / unit)) if unit > 0 else 1 for work in saved]
+    best = np.full(sum(parts) + 1, -np.inf)
+    best[0] = 0.0
+    taken = np.zeros((len(parts), len(best)), dtype=bool)
+    for number, (size, error) in enumerate(zip(parts, errors, strict=True)):
+        more = best[:-size] + error
+        taken[number, size:] = more > best[size:]
+        best[size:] = np.maximum(best[size:], more)
+    steps: dict[int, int] = {}
+    most, rounding = -math.inf, 1e-9 * math.fsum(errors)
+    for amount in range(len(best) - 1):  # the last is all of them
+        if best[amount] > most + rounding:
+            most = float(best[amount])
+            steps[math.floor(math.log1p(amount * unit / least) / math.log1p(STEP))] = amount
+    return [_choice(taken, parts, amount) for amount in steps.values()]
+
+
+def _choice(taken: np.ndarray[Any, Any], parts: Sequence[int], amount: int) -> tuple[int, ...]:
+    left = []
+    for number in reversed(range(len(parts))):
+        if taken[number, amount]:
+            left.append(number)
+            amount -= parts[number]
+    return tuple(reversed(left))
 
 
 def cost(groups: Sequence[Mapping[str, Any]], rest: str, format: str, out: Collection[str]) -> float:
@@ -104,25 +142,39 @@ def first(errors: Sequence[float], most: float) -> int:
     return next((number for number, error in enumerate(errors) if error <= most), len(errors) - 1)
 
 
-def climb(errors: Sequence[float], start: int, measure: Callable[[int], tuple[bool, float]]) -> int | None:
-    """The lowest rung that passes, when a higher one is no worse; None when not even the last does.
+def climb(
+    errors: Sequence[float], costs: Sequence[float], start: int, measure: Callable[[int], tuple[bool, float]]
+) -> int | None:
+    """The lowest rung that passes, or one that is as fast, when a higher one is no worse; None when not even the last does.
 
     Args:
         errors: of each rung, falling.
+        costs: of each rung, rising.
         start: the rung to be tried first.
         measure: whether a rung passes, and the error that its figures let expect the budget to bear: there the next trial is,
             `GUESSES` times. From then on what is left is halved, whatever the figures say.
+
+    A rung that fails with an error that the budget should bear had bad luck: before what is left is halved, cheaper ones are
+    tried all the same.
     """
     failed, passed = -1, len(errors)
+    unlucky: set[int] = set()
     number = min(start, passed - 1)
     trials = 0
-    while passed - failed > 1:
+    while True:
         passes, bears = measure(number)
         trials += 1
         if passes:
             passed = number
-        else:
+        elif bears < errors[number]:
             failed = number
-        guess = first(errors, bears) if trials <= GUESSES else (failed + passed) // 2
-        number = min(max(guess, failed + 1), passed - 1)
-    return passed if passed < len(errors) else None
+        else:
+            unlucky.add(number)
+        guessing = trials <= GUESSES
+        if not guessing:
+            failed = max(other for other in (failed, *unlucky) if other < passed)
+        left = [other for other in range(failed + 1, passed) if other not in unlucky]
+        if not left or (passed < len(errors) and as_fast(costs[left[0]], costs[passed])):
+            return passed if passed < len(errors) else None
+        guess = first(errors, bears) if guessing else left[len(left) // 2]
+        number = min(left, key=[abs(other - guess) for other in range(len(errors))].__getitem__)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compiler.errors import ConfigError, NumericsError, SlowError, meant
 from compiler.hashing import hash_folder
 from compiler.numerics import ELEMENTS, EXPECTATIONS, judge, miss
-from compiler.quantization.rungs import Rung, bearable, climb, cost, first, ladder
+from compiler.quantization.rungs import COST, SAME, Rung, as_fast, bearable, climb, cost, first, ladder
 from compiler.stages.load import REFERENCE, SAMPLES
 from compiler.stages.quantize import CLOSE, FASTER, LOOKS, faster, rung, settle, times_as_fast
 from compiler.stages.validate import validate
@@ -25,8 +25,12 @@ from compiler.types import Check, Target
 if TYPE_CHECKING:
     from compiler.build import Build, Candidate
 
+# The first plan that is tried has this share of the error of all layers; its figures say where the next is.
+START = 0.5
 # Why layers are left out of a plan that was searched for, with their error, and embeddings.
-LAYER_LEFT = "the budget: it costs the most accuracy for the work that it saves (error {:.2g}, with the layers of its input)"
+LAYER_LEFT = (
+    "the budget: no plan with as little work is closer than one without it (error {:.2g}, with the layers of its input)"
+)
 TABLE_LEFT = "the budget: with it in int8 as well, the plan that was found does not pass"
 
 
@@ -57,8 +61,7 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     if named is not None:
         found = 0 if trials.measure(0)[0] else None
     else:
-        errors = [rung.error for rung in rungs]
-        found = _find(trials, errors, first(errors, build.predict().info["bears"]), tables)
+        found = _find(trials, rungs, first([rung.error for rung in rungs], START * rungs[0].error), tables)
     if found is None:
         what = "no plan that was tried meets the budget" if named is None else "the plan in quantize.plan misses the budget"
         missed, closest = trials.closest()
@@ -84,23 +87,26 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     return {**known, "kept": {**calibrated.info["left"], **kept, **entry.info["left"]}, "ladder": trials.told}
 
 
-def _find(trials: _Trials, errors: Sequence[float], start: int, tables: tuple[str, ...]) -> int | None:
+def _find(trials: _Trials, rungs: Sequence[Rung], start: int, tables: tuple[str, ...]) -> int | None:
     """The number of the fastest plan that meets the budget in every sample; None where no rung does."""
-    found = climb(errors, start, trials.measure)
+    costs = [trials.cost(rung.out) for rung in rungs]
+    found = climb([rung.error for rung in rungs], costs, start, trials.measure)
     if found is None:
         return None
-    if tables:
-        # They take no time, so no layer leaves int8 for them.
-        number, rung = len(trials.rungs), trials.rungs[found]
-        out = tuple(name for name in rung.out if name not in tables)
-        trials.rungs.append(replace(rung, number=number, out=out, int8=rung.int8 + tables))
-        if trials.measure(number)[0] and trials.holds(number):
-            return number
+    # They take no time, so that no layer leaves int8 for them that anybody could miss: of what is fp32 they save three bytes a
+    # number, of bf16 one (a number's bytes are its work).
+    worth = SAME * (COST[trials.rest] - COST["int8"])
+    last = max(number for number, cost in enumerate(costs) if as_fast(costs[found], cost, worth))
+    for number in dict.fromkeys((found, last)) if tables else ():
+        inside = replace(rungs[number], number=len(trials.rungs), int8=rungs[number].int8 + tables)
+        trials.rungs.append(inside)
+        if trials.measure(inside.number)[0] and trials.holds(inside.number):
+            return inside.number
     if trials.holds(found):
         return found
     # Seldom: its answers meet the budget, and the elements of some output do not.
     trials.look_at_all()
-    return _find(trials, errors, found, tables)
+    return _find(trials, rungs, found, tables)
 
 
 def _check_named(named: tuple[str, ...], layers: Sequence[str], where: str) -> None:
@@ -131,7 +137,7 @@ class _Trials:
         self, build: Build, target: Target, reference: Entry, calibrated: Entry, rungs: list[Rung], *, searching: bool
     ) -> None:
         self.build, self.target, self.reference, self.calibrated, self.rungs = build, target, reference, calibrated, rungs
-        self.searching = searching
+        self.searching, self.rest = searching, build.plan.rest_of(target)
         self.entries: dict[tuple[int, bool], Entry] = {}
         # A limit of what is not an answer needs all samples. A default does not, whether it is given or not: what is found is
         # held to those, and the cache's keys are of limits.
@@ -143,6 +149,7 @@ class _Trials:
 
     def measure(self, number: int) -> tuple[bool, float]:
         """Make a rung and measure its answers on validation text: the budget's verdict, and the error that it would bear."""
+        began = time.monotonic()
         entry, tried = self._measured(number, self.whole), self.rungs[number]
         checks = self._checks(entry.info["outputs"])
         failed = sorted((check for check in checks if not check.passed), key=miss, reverse=True)
@@ -150,12 +157,11 @@ class _Trials:
         verdict = _missed(failed[0]) if failed else "passes"
         # What a file holds: a layer that a format joins with one that is out is out as well.
         inside, every = set(entry.info["int8"]), {*tried.int8, *tried.out}
-        rest = self.build.plan.rest_of(self.target)
         self._rows[number] = {
             "int8": len(inside - self._tables),
             "tables": len(inside & self._tables),
             "out": list(tried.out),
-            "cost": cost(self.calibrated.info["groups"], rest, self.target.format, every - inside),
+            "cost": self.cost(every - inside),
             "figures": {name: round(figure, 6) for name, figure in figures.items()},
             "passed": not failed,
             **({"missed": verdict} if failed else {}),
@@ -169,10 +175,16 @@ class _Trials:
         left = [] if self.searching else [name for name in tried.int8 if name not in inside]
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         beside = f" (not in int8 in this format, as quantize.plan has it: {left[0]}{more})" if left else ""
-        self.build.tell_rung(self.target, "tried", f"{amount} int8{beside}: {shown}{milliseconds}: {verdict}")
+        self.build.tell_rung(self.target, "tried", f"{amount} int8{beside}: {shown}{milliseconds}: {verdict}", began)
         if failed:
             self._failed.append(max((miss(check), f"{amount}: {_text(check)}", number) for check in failed))
-        return not failed, bearable(checks, tried.error)
+        # Of a figure and what is to be expected of it the second says where to go: it is less of a matter of chance.
+        steady = {EXPECTATIONS[check.name]: check.limit for check in checks if check.name in EXPECTATIONS}
+        return not failed, bearable([check for check in checks if steady.get(check.name) != check.limit], tried.error)
+
+    def cost(self, out: Collection[str]) -> float:
+        """The static cost of a plan that leaves layers `out`."""
+        return cost(self.calibrated.info["groups"], self.rest, self.target.format, out)
 
     def look_at_all(self) -> None:
         """From here on run every sample for each plan. By how much others missed is not to be compared with that."""
@@ -190,7 +202,7 @@ class _Trials:
 
     def without(self) -> str:
         """Half a sentence on what is lost without any int8 layer; empty where the budget bears it."""
-        rest = self.build.plan.rest_of(self.target)
+        rest = self.rest
         other = Target(self.target.format, rest, self.target.opset)
         exported = self.build.export(other)
         samples = (self.reference.root / SAMPLES, self.reference.root / REFERENCE, self.reference.info)
@@ -238,12 +250,12 @@ class _Trials:
         inputs = {
             name: value
             for name, value in plan.exports[target].inputs.items()
-            if name not in ("step predict", "plan", "fallback")
+            if name not in ("limits int8", "plan", "fallback")
         }
         inputs |= {"layers": ", ".join(tried.int8), **more}
         step = Step(str(plan.spec), "rung", str(target), dict(sorted(inputs.items())))
-        exported, rest = build.export(plan.base_of(target)), plan.rest_of(target)
-        return step, (target.format, exported.root, self.calibrated.root, tried.int8, rest)
+        exported = build.export(plan.base_of(target))
+        return step, (target.format, exported.root, self.calibrated.root, tried.int8, self.rest)
 
 
 def _missed(check: Check) -> str:

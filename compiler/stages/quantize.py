@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from compiler.backends import BACKENDS
-from compiler.config import Limits
 from compiler.errors import StageError
-from compiler.numerics import Case, judge
-from compiler.quantization.rungs import bearable, first, ladder
-from compiler.samples import ACCURACY, EXTRA, MAX_ACCURACY_LINES, NONE, read_cases, shortened, with_masks
+from compiler.numerics import Case
+from compiler.samples import ACCURACY, EXTRA, NONE, read_cases, shortened, with_masks
 from compiler.sources import pooling
 from compiler.stages.load import load
 from compiler.stages.validate import validate
 from compiler.store import remove
-from compiler.types import HELD, Artifact, File, Model, Precision, Runner, Snapshot
+from compiler.types import HELD, Artifact, File, Precision, Runner, Snapshot
 from compiler.workers import LOAD_THREADS, THREADS
 
 # An int8 artifact that is not faster by this much than the next precision is a defect.
@@ -27,8 +25,6 @@ FASTER = 1.1
 # spells, which would cover all batches of one short text. What comes out within these shares of that is looked at again, up
 # to so often, and the quickest of all looks counts, for both: another look must not be another chance.
 ROUNDS, SWEEPS, LOOKS, CLOSE = 3, 3, 3, (0.77, 1.05)
-# What is emulated has such shares of the error of all layers. Two, since the figures of one plan are off by chance.
-SHARES = (0.25, 0.5)
 
 
 def calibrate(
@@ -42,9 +38,14 @@ def calibrate(
 ) -> dict[str, Any]:
     """See `compiler.quantization.calibrate.calibrate`. Raises SourceError as `load` does, and StageError for a model without
     a linear layer that is worth it."""
+    import torch
+
     from compiler.quantization import calibrate as calibration
 
-    model = _load(out, snapshot, task, options)
+    # It takes most of a job's time to run so much through the original.
+    torch.set_num_threads(LOAD_THREADS)
+    model = load(snapshot, task, aside=out, **options)
+    calibration.speed_up(model.module)
     samples, held = with_masks(model, samples), with_masks(model, held)
     known = calibration.calibrate(out, model, samples, held, pooling(snapshot, task, options), bits)
     if not known["groups"]:
@@ -60,67 +61,6 @@ def calibrate(
     if not others:
         notes.append(f"layers are judged on texts that shaped them: fewer than {HELD} are there beyond samples:")
     return {**known, "note": "; ".join(note for note in notes if note)}
-
-
-def predict(
-    out: Path,
-    snapshot: Snapshot,
-    task: str,
-    options: Mapping[str, bool],
-    lines: Sequence[tuple[str, ...]],
-    labels: Sequence[Any] | None,
-    calibrated: Path,
-    groups: Sequence[Mapping[str, Any]],
-    limits: Limits,
-    rests: Mapping[str, Precision],
-) -> dict[str, Any]:
-    """How much of the layers' errors the limits bear, by emulation, in floating point, of int8 arithmetic in the eager
-    model: it says which plan to try first.
-
-    Args:
-        lines, labels: the validation text, which the budget is for, and what it expects, where it says so.
-        rests: by format, the precision of what is not int8. The ladder is that of the first.
-
-    Returns:
-        `bears`, the error: the geometric mean of what each emulation lets expect; and `tried`, of each of them the layers that
-        were left `out` and the `figures`.
-    """
-    from compiler.accuracy import figures, tag_names
-    from compiler.quantization import calibrate as calibration
-    from compiler.quantization.layers import LAYERS
-    from compiler.quantization.layers import load as load_layers
-    from compiler.quantization.rounding import Emulation
-
-    model = _load(out, snapshot, task, options)
-    how = pooling(snapshot, task, options)
-    names = [name for group in groups for name in group["names"]]
-    layers = load_layers(calibrated / LAYERS, names)
-    emulation = Emulation(model.module, layers.by_name.values())
-    texts = list(calibration.batches(model, with_masks(model, lines[:MAX_ACCURACY_LINES])))
-    format, rest = next(iter(rests.items()))
-    rungs = ladder(groups, rest, format)
-    errors = [rung.error for rung in rungs]
-    before = calibration.answer(model, texts, how)
-    bears, tried = 1.0, []
-    for number in sorted({first(errors, share * errors[0]) for share in SHARES}):
-        with emulation.applied(rungs[number].int8):
-            found = figures(before, calibration.answer(model, texts, how), labels, tag_names(model))
-        checks = judge({"answers": {"figures": found, "worst": dict.fromkeys(found, "")}}, limits, expected=True)
-        bears *= min(bearable(checks, errors[number]), errors[0])
-        tried.append({"out": list(rungs[number].out), "figures": {name: round(value, 6) for name, value in found.items()}})
-    return {"bears": bears ** (1 / len(tried)), "tried": tried}
-
-
-def _load(out: Path, snapshot: Snapshot, task: str, options: Mapping[str, bool]) -> Model:
-    """The original, for as much to be run through it as takes most of a job's time."""
-    import torch
-
-    from compiler.quantization.calibrate import speed_up
-
-    torch.set_num_threads(LOAD_THREADS)
-    model = load(snapshot, task, aside=out, **options)
-    speed_up(model.module)
-    return model
 
 
 def rung(
