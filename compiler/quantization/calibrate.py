@@ -114,14 +114,14 @@ def calibrate(
     trial = list(batches(model, held))
     if all(text.places is not None and not text.places.any() for text in trial):
         raise ConfigError("data.calibration: no masked word stands within what the model takes of a text; give shorter ones")
-    before = answer(model, trial, pooling, soft=True)
+    before = answer(model, trial, pooling)
     if not all(np.isfinite(value).all() for value in before.values()):
         raise StageError(DAMAGED)
     described = []
     for group in groups:
         leader = by_name[group.names[0]]
         with emulation.applied(group.names):
-            error = departure(before, answer(model, trial, pooling, soft=True))
+            error = departure(before, answer(model, trial, pooling))
         if not np.isfinite(error):
             left |= dict.fromkeys(group.names, NO_ANSWERS)
             continue
@@ -181,7 +181,7 @@ def tables(module: torch.nn.Module, least: int = TABLE) -> tuple[list[QuantizedT
 
 
 def departure(before: Answers, after: Answers) -> float:
-    """The mean squared difference of answers, as `answer` gives them with `soft`, in units of their variance."""
+    """The mean squared difference of answers, as `answer` gives them, in units of their variance."""
     return max(float(((value - after[name]) ** 2).mean() / max(float(value.var()), 1e-12)) for name, value in before.items())
 
 
@@ -197,20 +197,15 @@ def batches(model: Model, texts: Sequence[tuple[str, ...]]) -> Iterator[Text]:
         yield Text(inputs, mask, chosen, masked_places(model, arrays["input_ids"]))
 
 
-def answer(
-    model: Model, texts: Sequence[Text], pooling: Sequence[str], *, soft: bool = False
-) -> dict[str, np.ndarray[Any, Any]]:
-    """The answers of the model as it is now, stacked over the texts, in their order.
-
-    Args:
-        soft: instead of spans, which seldom change, the start and end logits of real tokens, `[tokens, 2]`.
-    """
+def answer(model: Model, texts: Sequence[Text], pooling: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """The answers of the model as it is now, stacked over the texts, in their order; instead of spans, which seldom change,
+    the start and end logits of real tokens, `[tokens, 2]`."""
     parts: list[dict[str, np.ndarray[Any, Any]]] = []
     with torch.inference_mode():
         for text in texts:
             outputs = model.module(**text.inputs)
             arrays = {name: value.float().numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-            if soft and "start_logits" in arrays:
+            if "start_logits" in arrays:
                 ends = np.stack([arrays["start_logits"], arrays["end_logits"]], axis=-1)
                 parts.append({"logits": ends[text.mask.numpy()]})
                 continue

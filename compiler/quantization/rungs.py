@@ -1,7 +1,7 @@
 """Which layers are int8: plans in the order of their cost, from all layers down, until one meets the budget. Pure.
 
-A plan is a rung of a ladder: of all plans that do no more work than it, none has a smaller error. So a higher rung is slower
-and closer, its cost is known without timing anything, and two machines climb alike.
+A plan is a rung of a ladder: of all plans that do no more work than it, to a step, none has a smaller error. So a higher rung
+is slower and closer, its cost is known without timing anything, and two machines climb alike.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ QUANTIZING: Mapping[str, int] = {"onnx": 80, "openvino": 40, "torchscript": 190}
 
 #: What a layer saves is counted in so many parts of what all save together, where plans are sought.
 PARTS = 10_000
-#: Of plans whose costs are within such a step, as a share, the closest is a rung; up to the second of these, plans are as good
-#: as equally fast.
-STEP, SAME = 0.005, 0.01
+#: Of plans whose costs are within such a share of each other the closest is a rung.
+STEP = 0.005
+#: Up to such a share more, a plan is no slower that anybody could tell.
+SAME = 0.01
+#: What embeddings in int8, which save no work but much of the file, may cost of it, by the precision that they have otherwise.
+TABLE_WORTH: Mapping[str, float] = {"bf16": 0.01, "fp32": 0.03}
 
 #: Figures that grow with the error itself; shares of texts, and the largest departure, do with its root.
 DISTANCES = ("cosine", "rank", "kl", "noise")
@@ -53,22 +56,32 @@ def ladder(groups: Sequence[Mapping[str, Any]], rest: str, format: str) -> list[
     long as there is another.
     """
     saved = [_outside(group, rest) - _inside(group, format) for group in groups]
-    # As long as there is another, what saves no work is on no rung.
     useful = [number for number, work in enumerate(saved) if work > 0] or [int(np.argmax(saved))]
     every = {*range(len(groups))}
     slow = every - {*useful}
     least = math.fsum(_outside(group, rest) for group in groups) - math.fsum(saved[number] for number in useful)
-    rungs: list[Rung] = []
+    plans: list[tuple[float, set[int]]] = []
     for left in _closest(least, [saved[number] for number in useful], [groups[number]["error"] for number in useful]):
         out = slow | {useful[number] for number in left}
-        error = math.fsum(groups[number]["error"] for number in every - out)
-        rungs.append(Rung(len(rungs), _names(groups, out), _names(groups, every - out), error, _names(groups, slow)))
-    return rungs
+        work = math.fsum(saved[number] for number in out - slow)
+        while plans and plans[-1][0] >= work:  # as parts are whole numbers, one may do more than they say
+            plans.pop()
+        plans.append((work, out))
+    return [
+        Rung(
+            number,
+            _names(groups, out),
+            _names(groups, every - out),
+            math.fsum(groups[other]["error"] for other in every - out),
+            _names(groups, slow),
+        )
+        for number, (_, out) in enumerate(plans)
+    ]
 
 
-def as_fast(cost: float, other: float, share: float = SAME) -> bool:
-    """Whether a plan that costs `other` is as good as as fast as one that costs `cost`, or faster."""
-    return other <= cost * (1 + share)
+def as_fast(least: float, other: float, share: float = SAME) -> bool:
+    """Whether a plan that costs `other` costs at most such a share more than one that costs `least`."""
+    return other <= least * (1 + share)
 
 
 def _names(groups: Sequence[Mapping[str, Any]], numbers: Collection[int]) -> tuple[str, ...]:
@@ -78,7 +91,7 @@ def _names(groups: Sequence[Mapping[str, Any]], numbers: Collection[int]) -> tup
 def _closest(least: float, saved: Sequence[float], errors: Sequence[float]) -> list[tuple[int, ...]]:
     """Which groups are left out, from none to all but one: for each amount of work that is then not saved the choice that
     takes the most error away, where it takes away more than any with less work does (a knapsack, by dynamic programming);
-    of those within a step the last. `least` is the work of the first."""
+    of those within a step the last, but the first, whose work is `least`, by itself."""
     unit = math.fsum(saved) / PARTS
     # What saves nothing is here only when it is all there is.
     parts = [max(1, round(work / unit)) if unit > 0 else 1 for work in saved]
@@ -90,11 +103,11 @@ def _closest(least: float, saved: Sequence[float], errors: Sequence[float]) -> l
         taken[number, size:] = more > best[size:]
         best[size:] = np.maximum(best[size:], more)
     steps: dict[int, int] = {}
-    most, rounding = -math.inf, 1e-9 * math.fsum(errors)
+    most, rounding = -math.inf, 1e-13 * math.fsum(errors)
     for amount in range(len(best) - 1):  # the last is all of them
         if best[amount] > most + rounding:
             most = float(best[amount])
-            steps[math.floor(math.log1p(amount * unit / least) / math.log1p(STEP))] = amount
+            steps[math.ceil(math.log1p(amount * unit / least) / math.log1p(STEP))] = amount
     return [_choice(taken, parts, amount) for amount in steps.values()]
 
 
@@ -145,7 +158,7 @@ def first(errors: Sequence[float], most: float) -> int:
 def climb(
     errors: Sequence[float], costs: Sequence[float], start: int, measure: Callable[[int], tuple[bool, float]]
 ) -> int | None:
-    """The lowest rung that passes, or one that is as fast, when a higher one is no worse; None when not even the last does.
+    """The lowest rung that passes, or one that is as fast, where a higher one is no worse; None when not even the last does.
 
     Args:
         errors: of each rung, falling.
@@ -177,4 +190,4 @@ def climb(
         if not left or (passed < len(errors) and as_fast(costs[left[0]], costs[passed])):
             return passed if passed < len(errors) else None
         guess = first(errors, bears) if guessing else left[len(left) // 2]
-        number = min(left, key=[abs(other - guess) for other in range(len(errors))].__getitem__)
+        number = min((abs(other - guess), other) for other in left)[1]

@@ -1,4 +1,4 @@
-"""The search for the plan of an int8 artifact: makes rungs of the ladder, measures them, and stops at the fastest that passes.
+"""The search for the plan of an int8 artifact: makes rungs of the ladder, measures them, and stops where no faster one passes.
 
 Each rung is an entry of the cache, so a search that was killed goes on where it was.
 """
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from compiler.errors import ConfigError, NumericsError, SlowError, meant
 from compiler.hashing import hash_folder
 from compiler.numerics import ELEMENTS, EXPECTATIONS, judge, miss
-from compiler.quantization.rungs import COST, SAME, Rung, as_fast, bearable, climb, cost, first, ladder
+from compiler.quantization.rungs import TABLE_WORTH, Rung, as_fast, bearable, climb, cost, first, ladder
 from compiler.stages.load import REFERENCE, SAMPLES
 from compiler.stages.quantize import CLOSE, FASTER, LOOKS, faster, rung, settle, times_as_fast
 from compiler.stages.validate import validate
-from compiler.store import Entry, Step
+from compiler.store import Entry, Step, remove
 from compiler.types import Check, Target
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ START = 0.5
 LAYER_LEFT = (
     "the budget: no plan with as little work is closer than one without it (error {:.2g}, with the layers of its input)"
 )
+LAYER_FOR_TABLE = "embeddings: in int8 they make the file much smaller, and without it it is hardly slower (error {:.2g})"
 TABLE_LEFT = "the budget: with it in int8 as well, the plan that was found does not pass"
 
 
@@ -59,10 +60,10 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     # Of many plans some pass by chance: what is searched for is held to what is to be expected as well.
     trials = _Trials(build, target, reference, calibrated, tried, searching=named is None)
     if named is not None:
-        found = 0 if trials.measure(0)[0] else None
+        passing = (0, 0) if trials.measure(0)[0] else None
     else:
-        found = _find(trials, rungs, first([rung.error for rung in rungs], START * rungs[0].error), tables)
-    if found is None:
+        passing = _find(trials, rungs, first([rung.error for rung in rungs], START * rungs[0].error), tables)
+    if passing is None:
         what = "no plan that was tried meets the budget" if named is None else "the plan in quantize.plan misses the budget"
         missed, closest = trials.closest()
         verdict = build.reject(reference, trials.candidate(closest, out))
@@ -71,13 +72,21 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
             f"one is in {build.folder / 'failed'}; widen budget.int8 if you accept it, give more calibration text such as the "
             "model will see, or leave int8 out of targets:"
         )
+    found, fastest = passing
     entry = trials.settled(found, out)
-    if slow := _slower(build, target, reference, entry):
+    slow = _slower(build, target, reference, entry)
+    if slow and trials.rungs[found].error < trials.rungs[fastest].error and trials.holds(fastest):
+        found = fastest  # layers that left int8 for embeddings are not what makes it slow
+        entry = trials.settled(found, out)
+        slow = _slower(build, target, reference, entry)
+    if slow:
         advice = "leave int8 out of targets:, or set quantize.fallback: true to go on without"
         raise SlowError(f"{spec}: {target}: {slow}" + ("" if spec.quantize.fallback else f"; {advice}"))
     chosen = trials.rungs[found]
     kept = dict.fromkeys(chosen.out, TABLE_LEFT)
-    kept |= {name: LAYER_LEFT.format(group["error"]) for group in groups for name in group["names"] if name in kept}
+    for group in groups:
+        for name in {*group["names"]} & kept.keys():
+            kept[name] = (LAYER_LEFT if name in trials.rungs[fastest].out else LAYER_FOR_TABLE).format(group["error"])
     kept |= dict.fromkeys(
         chosen.slow, "to quantize its input, and to give channels more than once, takes longer than int8 saves"
     )
@@ -87,23 +96,21 @@ def search(build: Build, target: Target, out: Path) -> dict[str, Any]:
     return {**known, "kept": {**calibrated.info["left"], **kept, **entry.info["left"]}, "ladder": trials.told}
 
 
-def _find(trials: _Trials, rungs: Sequence[Rung], start: int, tables: tuple[str, ...]) -> int | None:
-    """The number of the fastest plan that meets the budget in every sample; None where no rung does."""
+def _find(trials: _Trials, rungs: Sequence[Rung], start: int, tables: tuple[str, ...]) -> tuple[int, int] | None:
+    """The number of a plan that meets the budget in every sample than which none that passes is faster that anybody could
+    tell, and of the fastest that met it in its answers, which may have its embeddings as they are; None where no rung does."""
     costs = [trials.cost(rung.out) for rung in rungs]
     found = climb([rung.error for rung in rungs], costs, start, trials.measure)
     if found is None:
         return None
-    # They take no time, so that no layer leaves int8 for them that anybody could miss: of what is fp32 they save three bytes a
-    # number, of bf16 one (a number's bytes are its work).
-    worth = SAME * (COST[trials.rest] - COST["int8"])
-    last = max(number for number, cost in enumerate(costs) if as_fast(costs[found], cost, worth))
+    last = max(number for number, cost in enumerate(costs) if as_fast(costs[found], cost, TABLE_WORTH[trials.rest]))
     for number in dict.fromkeys((found, last)) if tables else ():
         inside = replace(rungs[number], number=len(trials.rungs), int8=rungs[number].int8 + tables)
         trials.rungs.append(inside)
         if trials.measure(inside.number)[0] and trials.holds(inside.number):
-            return inside.number
+            return inside.number, found
     if trials.holds(found):
-        return found
+        return found, found
     # Seldom: its answers meet the budget, and the elements of some output do not.
     trials.look_at_all()
     return _find(trials, rungs, found, tables)
@@ -231,6 +238,8 @@ class _Trials:
 
     def settled(self, number: int, out: Path) -> Entry:
         """A plan, its files in `out`."""
+        for path in out.iterdir():
+            remove(path)
         step, arguments = self._step(self.rungs[number])
         info = self.build.run(settle, out, *arguments)
         return Entry(out, step.key, hash_folder(out), info)

@@ -62,6 +62,10 @@ def test_no_plan_is_cheaper_and_closer(layers: list[tuple[float, float, float]],
     costs = [cost(groups, rest, format, rung.out) for rung in rungs]
     assert [rung.error for rung in rungs] == sorted({rung.error for rung in rungs}, reverse=True)
     assert costs == sorted(costs)
+    # The first leaves nothing out, and of two in a row the second, or the one after, is a step further.
+    assert rungs[0].out == rungs[0].slow
+    rounding = len(groups) / PARTS * (max(costs) - min(costs)) + 2e-4
+    assert all(second >= first * (1 + STEP) - rounding for first, second in zip(costs[1:], costs[3:], strict=False))
     rounded = len(groups) / PARTS * (max(costs) - min(costs)) * 4 + 2e-4
     names = [group["names"][0] for group in groups]
     for size in range(len(groups)):
@@ -69,6 +73,30 @@ def test_no_plan_is_cheaper_and_closer(layers: list[tuple[float, float, float]],
             error = math.fsum(group["error"] for group in groups if group["names"][0] not in out)
             bound = cost(groups, rest, format, out) * (1 + STEP) + rounded
             assert any(rung.error <= error + 1e-6 and work <= bound for rung, work in zip(rungs, costs, strict=True))
+
+
+def test_one_error_that_is_huge_hides_no_others() -> None:
+    groups = [
+        {**GROUPS[1], "names": [name], "error": error} for name, error in zip("abcd", (1e7, 4e-3, 3e-3, 2e-3), strict=True)
+    ]
+    rungs = ladder(groups, "fp32", "onnx")
+    assert [rung.out for rung in rungs] == [(), ("a",), ("a", "b"), ("a", "b", "c")]
+    assert rungs[-1].error == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize(("one", "other"), [(0.023003284, 0.091950953), (0.01138763, 0.045470418)])
+def test_rounded_work_puts_no_plan_before_a_better_one(one: float, other: float) -> None:
+    """Parts are whole numbers: by them four layers save a little less than one which in truth saves less than these, and as a
+    step lies between the two both are rungs."""
+    layers = [(one, 0.1)] * 4 + [(other, 0.5), (1.0, 0.001)]
+    groups = [
+        {"names": [str(number)], "cost": work, "columns": 1.0, "outputs": 4000, "error": error}
+        for number, (work, error) in enumerate(layers)
+    ]
+    rungs = ladder(groups, "fp32", "onnx")
+    costs = [cost(groups, "fp32", "onnx", rung.out) for rung in rungs]
+    assert costs == sorted(costs)
+    assert [rung.number for rung in rungs] == [*range(len(rungs))]
 
 
 def test_plans_that_are_as_fast() -> None:
@@ -175,6 +203,18 @@ def test_climb_ends_where_no_plan_would_be_faster(more: list[float], start: int,
     found = climb(falling(len(costs)), costs, start, lambda number: (number >= lowest, bears))
     assert found is not None and found >= lowest
     assert as_fast(costs[lowest], costs[found])
+
+
+def test_climb_ends_where_what_is_left_is_as_fast() -> None:
+    tried: list[int] = []
+
+    def measure(number: int) -> tuple[bool, float]:
+        tried.append(number)
+        return number >= 3, 0.0
+
+    costs = [1.0, 1.1, 1.2, 1.2 * (1 + SAME / 2), 1.2 * (1 + SAME), 1.3]
+    assert climb(falling(6), costs, 1, lambda number: (measure(number)[0], falling(6)[4])) == 4
+    assert tried == [1, 4]
 
 
 def test_errors_are_those_of_the_groups_in_int8() -> None:
