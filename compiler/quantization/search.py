@@ -18,7 +18,7 @@ from compiler.numerics import ELEMENTS, EXPECTATIONS, judge, miss
 from compiler.quantization.rungs import TABLE_WORTH, Rung, as_fast, bearable, climb, cost, first, ladder
 from compiler.stages.load import REFERENCE, SAMPLES
 from compiler.stages.quantize import CLOSE, FASTER, LOOKS, faster, rung, settle, times_as_fast
-from compiler.stages.validate import validate
+from compiler.stages.validate import Part, validate
 from compiler.store import Entry, Step, remove
 from compiler.types import Check, Target
 
@@ -145,7 +145,7 @@ class _Trials:
     ) -> None:
         self.build, self.target, self.reference, self.calibrated, self.rungs = build, target, reference, calibrated, rungs
         self.searching, self.rest = searching, build.plan.rest_of(target)
-        self.entries: dict[tuple[int, bool], Entry] = {}
+        self.entries: dict[tuple[int, Part], Entry] = {}
         # A limit of what is not an answer needs all samples. A default does not, whether it is given or not: what is found is
         # held to those, and the cache's keys are of limits.
         self.whole = bool({*ELEMENTS} & set(build.plan.spec.budget.departing().asked("int8")))
@@ -157,7 +157,7 @@ class _Trials:
     def measure(self, number: int) -> tuple[bool, float]:
         """Make a rung and measure its answers on validation text: the budget's verdict, and the error that it would bear."""
         began = time.monotonic()
-        entry, tried = self._measured(number, self.whole), self.rungs[number]
+        entry, tried = self._measured(number, self._part), self.rungs[number]
         checks = self._checks(entry.info["outputs"])
         failed = sorted((check for check in checks if not check.passed), key=miss, reverse=True)
         figures = entry.info["outputs"].get("answers", {"figures": {}})["figures"]
@@ -200,7 +200,9 @@ class _Trials:
 
     def holds(self, number: int) -> bool:
         """Whether a plan whose answers meet the budget does so in all samples as well; where not, that is told."""
-        failed = [check for check in self._checks(self._measured(number, True).info["outputs"]) if not check.passed]
+        # Its answers were measured.
+        outputs = self._measured(number, "all" if self.whole else "elements").info["outputs"]
+        failed = [check for check in self._checks(outputs) if not check.passed]
         if failed:
             row, verdict = self._rows[number], _missed(max(failed, key=miss))
             row |= {"passed": False, "missed": verdict}
@@ -215,7 +217,7 @@ class _Trials:
         samples = (self.reference.root / SAMPLES, self.reference.root / REFERENCE, self.reference.info)
         # Held to what int8 is held to.
         artifact = replace(self.build.artifact(other, exported), precision="int8")
-        outputs = self.build.run(validate, exported.root, artifact, *samples, not self.whole)
+        outputs = self.build.run(validate, exported.root, artifact, *samples, self._part)
         failed = [check for check in self._checks(outputs) if not check.passed]
         if not failed:
             return ""
@@ -234,7 +236,7 @@ class _Trials:
         """A plan, whose files are put into `out`, as the gate sees one."""
         entry = self.settled(number, out)
         artifact = replace(self.build.artifact(self.target, entry), ladder=tuple(self.told))
-        return self.build.judged(artifact, entry, self._measured(number, self.whole).info["outputs"])
+        return self.build.judged(artifact, entry, self._measured(number, self._part).info["outputs"])
 
     def settled(self, number: int, out: Path) -> Entry:
         """A plan, its files in `out`."""
@@ -244,13 +246,17 @@ class _Trials:
         info = self.build.run(settle, out, *arguments)
         return Entry(out, step.key, hash_folder(out), info)
 
-    def _measured(self, number: int, whole: bool) -> Entry:
-        if (number, whole) not in self.entries:
-            step, arguments = self._step(self.rungs[number], samples="all" if whole else "answers")
-            measured = (self.reference.root / SAMPLES, self.reference.root / REFERENCE, self.reference.info, whole)
+    @property
+    def _part(self) -> Part:
+        return "all" if self.whole else "answers"
+
+    def _measured(self, number: int, part: Part) -> Entry:
+        if (number, part) not in self.entries:
+            step, arguments = self._step(self.rungs[number], samples=part)
+            measured = (self.reference.root / SAMPLES, self.reference.root / REFERENCE, self.reference.info, part)
             made = self.build.cached(step, lambda out: self.build.run(rung, out, *arguments, *measured))
-            self.entries[number, whole] = made
-        return self.entries[number, whole]
+            self.entries[number, part] = made
+        return self.entries[number, part]
 
     def _step(self, tried: Rung, **more: str) -> tuple[Step, tuple[Any, ...]]:
         """What a plan's figures are an entry of, and the arguments of `settle` for its files."""

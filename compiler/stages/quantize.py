@@ -14,7 +14,7 @@ from compiler.numerics import Case
 from compiler.samples import ACCURACY, EXTRA, NONE, read_cases, shortened, with_masks
 from compiler.sources import pooling
 from compiler.stages.load import load
-from compiler.stages.validate import validate
+from compiler.stages.validate import Part, validate
 from compiler.store import remove
 from compiler.types import HELD, Artifact, File, Precision, Runner, Snapshot
 from compiler.workers import LOAD_THREADS, THREADS
@@ -73,20 +73,18 @@ def rung(
     samples: Path,
     reference: Path,
     known: Mapping[str, Any],
-    whole: bool,
+    part: Part,
 ) -> dict[str, Any]:
-    """Measure the answers of a plan: `outputs` as `validate` has them, and the names of what is `int8` in its files. These
-    are made below `out` and not kept: most plans that are tried are none that anybody needs, and `settle` makes the same
-    again.
-
-    Of the one that is kept, `validate` runs all samples; `whole` does so of each, for limits of what is not an answer.
+    """Measure a plan on a part of the samples: `outputs` as `validate` has them, and the names of what is `int8` in its files.
+    These are made below `out` and not kept: most plans that are tried are none that anybody needs, and `settle` makes the
+    same again.
     """
     made = settle(out, format, exported, calibrated, names, rest)
     backend = BACKENDS[format]
     # Nobody hashes them; to open them, paths are enough.
     artifact = Artifact(format, "int8", tuple(File(path, "", 0) for path in backend.files("int8")), backend.runtime(rest), "")
     began = time.monotonic()
-    outputs = validate(out, artifact, samples, reference, known, answers=not whole)
+    outputs = validate(out, artifact, samples, reference, known, part)
     spent = round(1e3 * (time.monotonic() - began), 1)
     for path in out.iterdir():
         remove(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compiler.accuracy import ANSWER, Answering, figures
 from compiler.backends import BACKENDS
@@ -14,9 +14,11 @@ from compiler.samples import ACCURACY, read_cases
 from compiler.types import Artifact, Signature, Tensor
 from compiler.workers import THREADS
 
+Part = Literal["all", "answers", "elements"]
+
 
 def validate(
-    root: Path, artifact: Artifact, samples: Path, reference: Path, known: Mapping[str, Any], answers: bool = False
+    root: Path, artifact: Artifact, samples: Path, reference: Path, known: Mapping[str, Any], part: Part = "all"
 ) -> dict[str, Any]:
     """The figures of an artifact over every sample, by output (see `compiler.numerics.compare`).
 
@@ -24,7 +26,8 @@ def validate(
         root: where the artifact's files are.
         samples, reference: the files of those names that `compiler.stages.load.reference` wrote.
         known: what that stage returned.
-        answers: look at the answers to the validation text alone, which of others than int8 artifacts are not looked at.
+        part: of an int8 artifact, the answers to the validation text alone, or the elements of the other samples alone; of
+            others elements are all that is looked at.
 
     Raises:
         NumericsError: the file does not open, does not run, or its outputs are not the original's.
@@ -40,11 +43,12 @@ def validate(
     except Exception as error:
         raise NumericsError(f"{where}: the file does not open in its runtime: {brief(error)}") from error
 
-    int8 = artifact.precision == "int8" or answers
+    int8 = artifact.precision == "int8"
     texts = Answering(known.get("answering"))
     pairs: dict[str, list[Pair]] = {tensor.name: [] for tensor in tensors}
     for number, case in enumerate(read_cases(samples, known)):
-        if (answers and case.name != ACCURACY) or (case.name == ACCURACY and not int8):
+        wanted = int8 and part != "elements" if case.name == ACCURACY else part != "answers"
+        if not wanted:
             continue
         shape = "x".join(map(str, case.shape))
         try:
@@ -54,11 +58,11 @@ def validate(
         for tensor in tensors:
             if tensor.name not in outputs:
                 raise NumericsError(f"{where}: it has no output {tensor.name}; it has {', '.join(outputs)}")
-            wanted = _shape(tensor, case, signature)
-            if outputs[tensor.name].shape != wanted:
+            shaped = _shape(tensor, case, signature)
+            if outputs[tensor.name].shape != shaped:
                 raise NumericsError(
                     f"{where}: output {tensor.name} of sample {case.name!r} ({shape}) is "
-                    f"{list(outputs[tensor.name].shape)}, the original's is {list(wanted)}"
+                    f"{list(outputs[tensor.name].shape)}, the original's is {list(shaped)}"
                 )
             if case.name == ACCURACY:
                 continue
@@ -67,8 +71,8 @@ def validate(
             pairs[tensor.name].append(Pair(case, original, actual))
         if case.name == ACCURACY:
             texts.add(case, outputs)
-    answered = _accuracy(texts, expected, known) if int8 else {}
-    if answers:
+    answered = _accuracy(texts, expected, known) if int8 and part != "elements" else {}
+    if part == "answers":
         return answered
     compared = {tensor.name: compare(pairs[tensor.name], tensor, logits="logits" in tensor.name) for tensor in tensors}
     return (

@@ -522,7 +522,7 @@ def test_what_passes_by_chance_is_not_taken(
         build, Target("openvino", "int8", None), reference, calibrated, [Rung(0, (), ("a",), 0.1)], searching=True
     )
     entry = passing_by_chance()
-    monkeypatch.setattr(trials, "_measured", lambda number, whole: entry)
+    monkeypatch.setattr(trials, "_measured", lambda number, part: entry)
     passed, bears = trials.measure(0)
     assert not passed
     assert bears == pytest.approx(0.1 * (0.05 / 0.06) ** 2)
@@ -544,7 +544,7 @@ def test_bad_luck_is_told_from_too_much_error(
         build = Build(plan_model(read(path).models[0], tmp_path), context[0])
         trials = search._Trials(build, Target("openvino", "int8", None), reference, calibrated, rungs, searching=True)
         entry = passing_by_chance(neighbours=0.94, neighbours_expected=0.96)
-        monkeypatch.setattr(trials, "_measured", lambda number, whole: entry)
+        monkeypatch.setattr(trials, "_measured", lambda number, part: entry)
         return trials.measure(0)
 
     for limit, bears in ((0.95, 0.1 * (0.05 / 0.04) ** 2), (0.995, 0.1 * (0.005 / 0.06) ** 2)):
@@ -558,7 +558,7 @@ def test_a_plan_that_is_given_is_held_to_what_was_measured(
 ) -> None:
     monkeypatch.setattr(search, "FASTER", 0.0)
     entry = passing_by_chance()
-    monkeypatch.setattr(search._Trials, "_measured", lambda self, number, whole: entry)
+    monkeypatch.setattr(search._Trials, "_measured", lambda self, number, part: entry)
     named = "encoder.layer.0.output.dense"
     for release, given in (("1.0.0", {"openvino": [named]}), ("1.0.1", {})):
         quantize = {"cpu": "avx2", "fallback": True, "plan": given}
