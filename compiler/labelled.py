@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.errors import ConfigError
 from compiler.metrics import spoken
-from compiler.tasks import FILES, TAGGED, TASKS, answer_texts, check_tags, finite_number, json_object, label_number
+from compiler.tasks import (
+    FILES,
+    TAGGED,
+    TASKS,
+    answer_texts,
+    check_tags,
+    check_words,
+    finite_number,
+    json_object,
+    label_number,
+)
 
 if TYPE_CHECKING:
     from compiler.runtime import Config
@@ -142,10 +152,8 @@ def _label(value: Any, where: str, config: Config) -> str:
 
 
 def _tagged(line: Mapping[str, Any], where: str, config: Config) -> tuple[Any, Any]:
-    words = line.get("tokens")
+    words = check_words(line.get("tokens"), where)
     tags: Any = line.get("tags")
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
-        raise ConfigError(f"{where}: field 'tokens' is no list of words; a line is {TAGGED}")
     check_tags(tags, words, where)
     return words, [_label(tag, where, config) for tag in tags]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -81,13 +82,14 @@ DOCUMENTS = (".md", "LICENSE", "NOTICE")
 class Texts:
     """The lines of a data file, parsed for the task. `name` is what the manifest calls it, `sha256` the file's (hex), `files`
     those of the images or sounds that its lines name, by their paths relative to it; `labels` are, where all lines have one,
-    the place of each line, as errors name it, and its label."""
+    the place of each line, as errors name it, and its label. `numbers` say where in the file each of `lines` stands."""
 
     name: str
     sha256: str
     lines: tuple[tuple[str, ...], ...]
     files: Mapping[str, str] = field(default_factory=dict)
     labels: tuple[tuple[str, Any], ...] | None = None
+    numbers: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -241,7 +243,8 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
         raise ConfigError(
             f"{spec}: sentence_embedding: is an output of feature-extraction, and the task is {task}; leave it out"
         )
-    texts = read_texts(spec, task, folder)
+    with _named(spec):
+        texts = read_texts(spec, task, folder)
     accurate = any(target.precision == "int8" for target in spec.targets.list())
     if accurate and TASKS[task].modality != "text":
         raise ConfigError(f"{spec}: int8 is made of models of text, and the task is {task}; leave int8 out of targets:")
@@ -256,7 +259,8 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             f"{spec}: data.validation: {texts.rows} scores are too few to judge int8 by; give at least {LEAST_TEXTS}"
         )
     named = spec.data.calibration if accurate else None
-    calibration = None if named is None else read_calibration(named, task, folder, texts)
+    with _named(spec):
+        calibration = None if named is None else read_calibration(named, task, folder, texts)
     checkpoint = {f"source {file.path}": file.sha256 for file in snapshot.files if not file.path.endswith(DOCUMENTS)}
     common = {"task": task, "trust_remote_code": str(spec.trust_remote_code), **checkpoint}
     if spec.sentence_embedding:
@@ -375,6 +379,15 @@ def check_cpu(spec: ModelSpec) -> None:
         )
 
 
+@contextlib.contextmanager
+def _named(spec: ModelSpec) -> Iterator[None]:
+    """Put the model's name before what is wrong with its data."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{spec}: {error}") from error
+
+
 def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
     """The validation text, images or sound of a model, or the compiler's own."""
     named = spec.data.validation
@@ -399,6 +412,7 @@ def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -
         raise ConfigError(f"{where}:{row}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     numbered = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
     lines = tuple(parse_line(line, task, f"{where}:{number}") for number, line in numbered)
+    numbers = tuple(number for number, _ in numbered)
     if not lines:
         raise ConfigError(f"{where}: holds no line; give one JSON object a line")
     sha256 = hashlib.sha256(read).hexdigest()
@@ -409,6 +423,7 @@ def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -
         raise ConfigError(f"{bare}: has no {EXPECTED[task]} and other lines have; give all of them one, or none")
     if labels and task == "feature-extraction":  # a score is of two texts, and both are validation text
         lines = tuple((text,) for number, line in numbered for text in parse_pair(line, f"{where}:{number}"))
+        numbers = tuple(number for number, _ in numbered for _ in range(2))
     if (kind := TASKS[task].fields[0]) in FILES:
         hashed: dict[str, list[str]] = {}
         for line in lines:
@@ -422,7 +437,7 @@ def _read_lines(key: str, path: Path, name: str, task: str, *, labelled: bool) -
         if task == "multiple-choice":
             raise ConfigError(f"{where}: the lines have different numbers of choices; give all of them as many")
         raise ConfigError(f"{where}: some lines have a text_pair and some have none; give all of them one")
-    return Texts(name, sha256, lines, labels=labels or None)
+    return Texts(name, sha256, lines, labels=labels or None, numbers=numbers)
 
 
 def read_calibration(named: CalibrationFile, task: str, folder: Path, validation: Texts) -> Calibration:
@@ -433,14 +448,17 @@ def read_calibration(named: CalibrationFile, task: str, folder: Path, validation
     """
     path = folder / named.path
     texts = _read_lines("data.calibration", path, Path(named.path).name, task, labelled=False)
-    known = {_content(line) for line in validation.lines}
+    judged = zip(validation.lines, validation.numbers, strict=True)
+    known = {_content(line): number for line, number in reversed([*judged])}
     distinct = {_content(line): line for line in reversed(texts.lines)}
     if both := sum(content in known for content in distinct):
-        first = next(line for line in texts.lines if _content(line) in known)
+        first, number = next(found for found in zip(texts.lines, texts.numbers, strict=True) if _content(found[0]) in known)
         shown = first[0] if len(first[0]) <= SHOWN else f"{first[0][:SHOWN]}…"
+        there = f"line {known[_content(first)]} of {validation.name}"
+        more = {1: "", 2: ", and so is 1 more text"}.get(both, f", and so are {both - 1} more texts")
         raise ConfigError(
-            f"data.calibration: {path}: {both} of its texts are validation text too, the first is {shown!r}; a check "
-            "on text that shaped the model says nothing: take them out of one of the two"
+            f"data.calibration: {path}:{number}: is validation text too ({shown!r}, {there}){more}; a check on text that "
+            f"shaped the model says nothing: take {'it' if both == 1 else 'them'} out of one of the two"
         )
     lines = sorted(distinct.values(), key=lambda line: hashlib.sha256(f"{named.seed} {_content(line)}".encode()).digest())
     if len(lines) < named.samples:

@@ -137,9 +137,7 @@ def parse_line(text: str, task: str, where: str) -> tuple[str, ...]:
     # Tags are of words, whatever a text beside them is. None is what some writers have where there is nothing.
     words, tags = line.get("tokens"), line.get("tags")
     if task == "token-classification" and "tokens" in line and (tags is not None or line.get("text") is None):
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or not "".join(words).strip():
-            raise ConfigError(f"{where}: field 'tokens' is no list of words; a line with tags is {TAGGED}")
-        return (Words(words),)
+        return (Words(check_words(words, where)),)
     values: list[str] = []
     for name in entry.fields:
         value = line.get(name)
@@ -186,6 +184,13 @@ def label_number(value: Any, names: Mapping[int, str], where: str) -> int:
         more = f" and {len(known) - 8} more" if len(known) > 8 else ""
         raise ConfigError(f"{where}: the model knows no label {value!r}; it has {', '.join(known[:8])}{more}")
     return number
+
+
+def check_words(words: Any, where: str) -> list[str]:
+    """What stands in a line's field `tokens`. Raises ConfigError where that is no list of words, or one of blanks alone."""
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or not "".join(words).strip():
+        raise ConfigError(f"{where}: field 'tokens' is no list of words; a line with tags is {TAGGED}")
+    return words
 
 
 def check_tags(tags: Any, words: Sequence[str], where: str) -> None:

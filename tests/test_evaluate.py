@@ -193,6 +193,7 @@ LINE = {"text": "a", "label": "LABEL_1"}
         ("classes", "text-classification", [], "empty; give at least one line"),
         ("entities", "token-classification", [{"tokens": ["a"], "tags": []}], ":1: has 0 tags for 1 tokens; give each a tag"),
         ("entities", "token-classification", [{"tokens": "a", "tags": []}], ":1: field 'tokens' is no list of words"),
+        ("entities", "token-classification", [{"tokens": [" "], "tags": ["O"]}], ":1: field 'tokens' is no list of words"),
         ("entities", "token-classification", [{"tokens": ["a"], "tags": ["X"]}], ":1: the model knows no label 'X'"),
         (
             "features",

@@ -91,7 +91,7 @@ def test_intermediate_steps_are_planned(bert: Path) -> None:
     assert list(found) == ["load", "export openvino fp32", "export openvino bf16", "validate openvino bf16", "package"]
 
 
-VALIDATION = Texts("built-in", "0" * 64, (("The harbour opens at six.",), ("Nobody came.",)))
+VALIDATION = Texts("built-in", "0" * 64, (("The harbour opens at six.",), ("Nobody came.",)), numbers=(1, 4))
 
 
 def calibration_file(folder: Path, texts: Sequence[str]) -> CalibrationFile:
@@ -138,8 +138,11 @@ def test_layers_are_judged_on_the_samples_where_little_is_left_over(tmp_path: Pa
 def test_calibration_text_is_no_validation_text(tmp_path: Path, text: str) -> None:
     named = calibration_file(tmp_path, [*(f"text {number}" for number in range(20)), text, text])
     message = refused(tmp_path, named)
-    assert f": 1 of its texts are validation text too, the first is {text!r}; " in message
-    assert message.endswith("take them out of one of the two")
+    assert f"c.jsonl:21: is validation text too ({text!r}, line 4 of built-in); " in message
+    assert message.endswith("take it out of one of the two")
+    named = calibration_file(tmp_path, ["x", text, "the harbour opens at six.", *(f"text {number}" for number in range(20))])
+    message = refused(tmp_path, named)
+    assert f"c.jsonl:2: is validation text too ({text!r}, line 4 of built-in), and so is 1 more text; " in message
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,7 @@ def test_a_score_is_of_two_texts(tmp_path: Path) -> None:
     lines = ['{"text": "a", "text_pair": "b", "score": 0.5}', "", '{"text": "c", "text_pair": "d", "score": 1}']
     found = validation_file(tmp_path, "feature-extraction", lines)
     assert found.lines == (("a",), ("b",), ("c",), ("d",))
+    assert found.numbers == (1, 1, 3, 3)
     file = f"data.validation: {tmp_path / 'v.jsonl'}"
     assert found.labels == ((f"{file}:1", 0.5), (f"{file}:3", 1))
     plain = validation_file(tmp_path, "feature-extraction", ['{"text": "a", "text_pair": "b"}'])
@@ -213,6 +217,16 @@ def test_too_little_validation_text_for_int8(bert: Path, tmp_path: Path) -> None
     path.write_text("\n".join(map(json.dumps, pairs)))
     texts = quantized(bert, tmp_path, data=data).texts
     assert (len(texts.lines), texts.rows, texts.answered(1024)) == (1200, 600, 512)
+
+
+@pytest.mark.parametrize("which", ["validation", "calibration"])
+def test_data_that_cannot_be_read_names_its_model(bert: Path, tmp_path: Path, which: str) -> None:
+    (tmp_path / "there.jsonl").write_text("\n".join(json.dumps({"text": f"Line {number}"}) for number in range(20)))
+    names = {"validation": "there.jsonl", "calibration": "there.jsonl", which: "gone.jsonl"}
+    data = {name: {"path": str(tmp_path / file)} for name, file in names.items()}
+    gone = re.escape(str(tmp_path / "gone.jsonl"))
+    with pytest.raises(ConfigError, match=rf"^tiny 1\.0\.0: data\.{which}: {gone}: cannot be read \(No such file"):
+        quantized(bert, tmp_path, data=data)
 
 
 def test_int8_for_another_kind_of_cpu(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
