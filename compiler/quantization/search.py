@@ -182,7 +182,9 @@ class _Trials:
         left = [] if self.searching else [name for name in tried.int8 if name not in inside]
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         beside = f" (not in int8 in this format, as quantize.plan has it: {left[0]}{more})" if left else ""
-        self.build.tell_rung(self.target, "tried", f"{amount} int8{beside}: {shown}{milliseconds}: {verdict}", began)
+        spent = f", cost {self._rows[number]['cost']:.3f}" if self.searching else ""
+        said = f"{amount} int8{beside}{spent}: {shown}{milliseconds}: {verdict}"
+        self.build.tell_rung(self.target, "tried", said, began)
         if failed:
             self._failed.append(max((miss(check), f"{amount}: {_text(check)}", number) for check in failed))
         # Of a figure and what is to be expected of it the second says where to go: it is less of a matter of chance.

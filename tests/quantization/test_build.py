@@ -145,6 +145,8 @@ def test_a_search_goes_where_its_figures_say(
     expected = next((out for out, error in rungs.items() if error <= bears), None)
     assert expected not in {None, half}
     assert [name for name in tried[1]["out"] if name not in tables] == list(expected or ())
+    told = [event.detail.split(": ")[0] for event in context[1] if event.state == "tried"]
+    assert told == [f"{rung['int8']} of 12 layers int8, cost {rung['cost']:.3f}" for rung in tried]
 
 
 def test_int8_that_is_not_faster(
