@@ -119,6 +119,13 @@ class TestResults:
         }
         assert {name: os.environ[name] for name in own} == own
 
+    def test_threads_that_wait_give_the_core_away(self, log: Path) -> None:
+        """The library that torch computes with reads it."""
+        with workers._environment(log.parent):
+            shown = {**os.environ, "OMP_DISPLAY_ENV": "VERBOSE"}
+        found = subprocess.run([sys.executable, "-c", "import torch"], env=shown, capture_output=True, text=True, check=True)
+        assert f"GOMP_SPINCOUNT = '{workers.SPINS}'" in found.stderr
+
 
 class TestErrors:
     @pytest.mark.parametrize(
