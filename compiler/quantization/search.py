@@ -174,7 +174,7 @@ class _Trials:
             **({"missed": verdict} if failed else {}),
         }
         self.told.append(self._rows[number])
-        shown = ", ".join(f"{name} {figure:{'.4f' if figure < 1e4 else '.2g'}}" for name, figure in figures.items())
+        shown = ", ".join(f"{name} {_short(figure)}" for name, figure in figures.items())
         milliseconds = f", {entry.info['milliseconds'] / 1e3:.1f} s for all texts"
         embeddings = " and embeddings" if inside & self._tables else ""
         amount = f"{len(inside - self._tables)} of {len(every - self._tables)} layers{embeddings}"
@@ -273,6 +273,11 @@ class _Trials:
         step = Step(str(plan.spec), "rung", str(target), dict(sorted(inputs.items())))
         exported = build.export(plan.base_of(target))
         return step, (target.format, exported.root, self.calibrated.root, tried.int8, self.rest)
+
+
+def _short(figure: float) -> str:
+    """A figure for a line of progress: shares with four places, what is far from 1 with two digits."""
+    return f"{figure:.4f}" if figure == 0 or 1e-3 <= abs(figure) < 1e4 else f"{figure:.2g}"
 
 
 def _missed(check: Check) -> str:

@@ -149,6 +149,15 @@ def test_a_search_goes_where_its_figures_say(
     assert told == [f"{rung['int8']} of 12 layers int8, cost {rung['cost']:.3f}" for rung in tried]
 
 
+@pytest.mark.parametrize(
+    ("figure", "said"),
+    [(0.95, "0.9500"), (-0.0123, "-0.0123"), (0, "0.0000"), (0.000212, "0.00021"), (-1e-5, "-1e-05"), (1e308, "1e+308")],
+)
+def test_a_figure_that_is_told_has_digits(figure: float, said: str) -> None:
+    """Of a divergence of 0.00021 four places would not show by how much it misses 0.0002."""
+    assert search._short(figure) == said
+
+
 def test_int8_that_is_not_faster(
     tmp_path: Path, bert: Path, context: tuple[Context, list[Event]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
