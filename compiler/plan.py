@@ -31,7 +31,8 @@ from compiler.workers import LOAD_THREADS, THREADS
 PACKAGE = Path(__file__).parent
 # How much of a text an error shows.
 SHOWN = 60
-# Text of the compiler's own, for a model whose user names none.
+# Text of the compiler's own, for a model whose user names none, and what it is called.
+BUILTIN_NAME = "built-in"
 BUILTIN_TEXT = PACKAGE / "data" / "validation.jsonl"
 # The same for what other tasks read.
 BUILTIN = {
@@ -349,7 +350,7 @@ def make_plan(spec: ModelSpec, snapshot: Snapshot, folder: Path) -> Plan:
             **{f"step {made.id}": made.key for made in (load, *exports.values(), *validates.values())},
             **({} if named is None else {"calibration file": _portable(named.path), "quantize cpu": spec.quantize.cpu}),
             "compiler": compiler.__version__,
-            "data file": "built-in" if spec.data.validation is None else _portable(spec.data.validation.path),
+            "data file": BUILTIN_NAME if spec.data.validation is None else _portable(spec.data.validation.path),
             "name": spec.name,
             "python": platform.python_version(),
             "release": spec.release,
@@ -394,7 +395,7 @@ def read_texts(spec: ModelSpec, task: str, folder: Path) -> Texts:
     entry = TASKS[task]
     own = BUILTIN.get(task) or BUILTIN.get(entry.modality) or BUILTIN_TEXT
     path = own if named is None else folder / named.path
-    name = "built-in" if named is None else Path(named.path).name
+    name = BUILTIN_NAME if named is None else Path(named.path).name
     # Only int8 is held to labels.
     labelled = task in EXPECTED and any(target.precision == "int8" for target in spec.targets.list())
     return _read_lines("data.validation", path, name, task, labelled=labelled)
@@ -454,11 +455,13 @@ def read_calibration(named: CalibrationFile, task: str, folder: Path, validation
     if both := sum(content in known for content in distinct):
         first, number = next(found for found in zip(texts.lines, texts.numbers, strict=True) if _content(found[0]) in known)
         shown = first[0] if len(first[0]) <= SHOWN else f"{first[0][:SHOWN]}…"
-        there = f"line {known[_content(first)]} of {validation.name}"
+        own = validation.name == BUILTIN_NAME
+        there = f"line {known[_content(first)]} of {'the text of the compiler itself' if own else 'data.validation'}"
+        out = "out, or give data.validation text of your own" if own else "out of one of the two"
         more = {1: "", 2: ", and so is 1 more text"}.get(both, f", and so are {both - 1} more texts")
         raise ConfigError(
             f"data.calibration: {path}:{number}: is validation text too ({shown!r}, {there}){more}; a check on text that "
-            f"shaped the model says nothing: take {'it' if both == 1 else 'them'} out of one of the two"
+            f"shaped the model says nothing: take {'it' if both == 1 else 'them'} {out}"
         )
     lines = sorted(distinct.values(), key=lambda line: hashlib.sha256(f"{named.seed} {_content(line)}".encode()).digest())
     if len(lines) < named.samples:

@@ -189,7 +189,7 @@ def label_number(value: Any, names: Mapping[int, str], where: str) -> int:
 def check_words(words: Any, where: str) -> list[str]:
     """What stands in a line's field `tokens`. Raises ConfigError where that is no list of words, or one of blanks alone."""
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or not "".join(words).strip():
-        raise ConfigError(f"{where}: field 'tokens' is no list of words; a line with tags is {TAGGED}")
+        raise ConfigError(f"{where}: field 'tokens' is no list of words, or of blanks alone; a line with tags is {TAGGED}")
     return words
 
 

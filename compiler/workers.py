@@ -30,8 +30,8 @@ T = TypeVar("T")
 THREADS = 1
 # The reference is computed while nothing else runs.
 LOAD_THREADS = 2
-# How long libgomp's threads look for work before they sleep. Its own 300,000 turns took `calibrate` several times as long
-# where other processes had the cores; with none at all it takes a third longer where they are idle.
+# How long libgomp's threads look for work before they sleep. With its own 300,000 turns `load` and `calibrate` take up to
+# twice as long where other processes have the cores; with none at all a third longer where they are idle.
 SPINS = "20000"
 PRELOAD = ["compiler.preload"]
 # Where transformers copies a checkpoint's own code before it runs it, beside the log.

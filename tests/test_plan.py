@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,11 +139,20 @@ def test_layers_are_judged_on_the_samples_where_little_is_left_over(tmp_path: Pa
 def test_calibration_text_is_no_validation_text(tmp_path: Path, text: str) -> None:
     named = calibration_file(tmp_path, [*(f"text {number}" for number in range(20)), text, text])
     message = refused(tmp_path, named)
-    assert f"c.jsonl:21: is validation text too ({text!r}, line 4 of built-in); " in message
-    assert message.endswith("take it out of one of the two")
+    assert f"c.jsonl:21: is validation text too ({text!r}, line 4 of the text of the compiler itself); " in message
+    assert message.endswith(": take it out, or give data.validation text of your own")
+    with pytest.raises(ConfigError) as caught:
+        read_calibration(named, "feature-extraction", tmp_path, replace(VALIDATION, name="v.jsonl"))
+    message = str(caught.value)
+    assert f"c.jsonl:21: is validation text too ({text!r}, line 4 of data.validation); " in message
+    assert message.endswith(": take it out of one of the two")
     named = calibration_file(tmp_path, ["x", text, "the harbour opens at six.", *(f"text {number}" for number in range(20))])
     message = refused(tmp_path, named)
-    assert f"c.jsonl:2: is validation text too ({text!r}, line 4 of built-in), and so is 1 more text; " in message
+    assert (
+        f"c.jsonl:2: is validation text too ({text!r}, line 4 of the text of the compiler itself), and so is 1 more text; "
+        in message
+    )
+    assert ": take them out, or" in message
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_line_of_words() -> None:
     assert parse_line('{"tokens": ["Ada"], "text": "Ben"}', task, "x") == ("Ben",)
     for wrong in ("[]", '"Ada"', "[3]", '[" "]', "null"):
         message = refusal(f'{{"tokens": {wrong}}}', task)
-        assert "field 'tokens' is no list of words; a line with tags is {" in message
+        assert "field 'tokens' is no list of words, or of blanks alone; a line with tags is {" in message
     for nothing in ('{"text": "Ada", "tags": null, "tokens": null}', '{"text": "Ada", "tags": [0]}'):
         assert parse_line(nothing, task, "x") == ("Ada",)
     assert "field 'text'" in refusal('{"tokens": ["Ada"]}', "fill-mask")

@@ -167,8 +167,8 @@ def climb(
         measure: whether a rung passes, and the error that its figures let expect the budget to bear: there the next trial is,
             `GUESSES` times. From then on what is left is halved, whatever the figures say.
 
-    A rung that fails with an error that the budget should bear had bad luck: before what is left is halved, cheaper ones are
-    tried all the same.
+    A rung that fails with an error that the budget should bear had bad luck, and ends nothing: cheaper ones are tried all the
+    same. Once what is left is halved, any that fails does.
     """
     failed, passed = -1, len(errors)
     unlucky: set[int] = set()
@@ -179,15 +179,12 @@ def climb(
         trials += 1
         if passes:
             passed = number
-        elif bears < errors[number]:
+        elif trials > GUESSES or bears < errors[number]:
             failed = number
         else:
             unlucky.add(number)
-        guessing = trials <= GUESSES
-        if not guessing:
-            failed = max(other for other in (failed, *unlucky) if other < passed)
         left = [other for other in range(failed + 1, passed) if other not in unlucky]
         if not left or (passed < len(errors) and as_fast(costs[left[0]], costs[passed])):
             return passed if passed < len(errors) else None
-        guess = first(errors, bears) if guessing else left[len(left) // 2]
+        guess = first(errors, bears) if trials <= GUESSES else left[len(left) // 2]
         number = min((abs(other - guess), other) for other in left)[1]

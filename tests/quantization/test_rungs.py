@@ -193,6 +193,15 @@ def test_climb_goes_on_below_a_rung_that_had_bad_luck() -> None:
     tried.clear()
     assert climb(errors, costs, 8, every) == 15, "what is left is halved at last"
     assert len(tried) <= GUESSES + 6
+    tried.clear()
+
+    def dense(number: int) -> tuple[bool, float]:
+        tried.append(number)
+        return number >= 6 and number != 30, falling(60)[3 if number == 30 else max(number - 1, 0)]
+
+    assert climb(falling(60), [1.02**number for number in range(60)], 30, dense) == 6, "nor does bad luck end it later"
+    assert tried[: GUESSES + 1] == [30, 3, 2, 1, 0, 4]
+    assert len(tried) <= GUESSES + 7
 
 
 @given(st.lists(st.floats(0.0, 0.03), min_size=1, max_size=60), st.integers(0, 60), st.integers(0, 60), st.floats(0, 80))

@@ -28,7 +28,7 @@ from compiler.sources import resolve
 from compiler.stages import validate as stage
 from compiler.stages.export import export
 from compiler.stages.load import REFERENCE, SAMPLES, load, reference, run_eager
-from compiler.stages.validate import validate
+from compiler.stages.validate import Part, validate
 from compiler.types import Artifact, Check, Model, Snapshot, Target
 from tests.backends.conftest import export as export_artifact
 from tests.zoo import save_checkpoint
@@ -287,6 +287,33 @@ def test_a_file_that_does_not_open(bench: Bench, tmp_path: Path, name: str, cont
 def test_an_artifact_of_another_model(bench: Bench, answers: Bench) -> None:
     message = bench.error("torchscript", answers.sound("torchscript"))
     assert "no output last_hidden_state; it has start_logits" in message
+
+
+def test_the_parts_of_int8_are_all_of_it(tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search measures answers, of what it finds the elements too: no sample is run twice, and none is left out."""
+    lines = [(" ".join(text for (text,) in TEXTS[FEATURES])[number:],) for number in range(20)]
+    known = reference(tmp_path, bench.snapshot, FEATURES, lines, (1, 3), (8, 16), {}, accurate=True)
+    model = load(bench.snapshot, FEATURES)
+    runs: list[bytes] = []
+
+    def runner(inputs: Any) -> dict[str, Any]:
+        runs.append(inputs["input_ids"].tobytes() + inputs["attention_mask"].tobytes())
+        return run_eager(model, inputs)
+
+    monkeypatch.setattr(stage, "BACKENDS", {"onnx": SimpleNamespace(open=lambda *_: runner)})
+    artifact = Artifact("onnx", "int8", (), {}, key="")
+    found: dict[Part, dict[str, Any]] = {}
+    ran: dict[Part, list[bytes]] = {}
+    parts: tuple[Part, ...] = ("all", "answers", "elements")
+    for part in parts:
+        runs.clear()
+        found[part] = validate(tmp_path, artifact, tmp_path / SAMPLES, tmp_path / REFERENCE, known, part=part)
+        ran[part] = sorted(runs)
+    assert found["answers"].keys() == {"answers"}
+    assert "answers" not in found["elements"]
+    assert found["elements"] | found["answers"] == found["all"]
+    assert sorted(ran["answers"] + ran["elements"]) == ran["all"]
+    assert ran["answers"] and ran["elements"]
 
 
 @pytest.mark.parametrize(
